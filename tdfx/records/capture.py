@@ -1,0 +1,43 @@
+"""A captured model: its graph, what it was captured with, and what was learnt on the way."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, fx, nn
+
+from tdfx.records.cost import Workload
+from tdfx.records.layer import Skipped
+
+
+@dataclass(frozen=True)
+class Capture:
+    """A normalized graph of a model; the model itself is not referred to, only an isolated copy.
+
+    Attributes:
+        original: copy of the model as given, in eval mode, without hooks and parametrizations.
+        module: the graph, with layers as ``call_module`` nodes under their original qualified names.
+        tier: how it was captured: "fx" for symbolic tracing.
+        args: positional example inputs.
+        kwargs: keyword example inputs.
+        trainable: whether BatchNorm and Dropout were kept.
+        workloads: convolutions and matrix products of one run of the model as given.
+        structure: fingerprint of the model's structure.
+        weights: fingerprint of its weights.
+        skipped: layers that the graph does not show, and BatchNorms that stay, with reasons.
+        max_rel_diff: difference of the captured graph's outputs from the model's, relative to the largest output.
+        notes: what the user should know.
+    """
+
+    original: nn.Module
+    module: fx.GraphModule
+    tier: str
+    args: tuple[Tensor, ...]
+    kwargs: dict[str, Tensor]
+    trainable: bool
+    workloads: tuple[Workload, ...]
+    structure: str
+    weights: str
+    skipped: tuple[Skipped, ...]
+    max_rel_diff: float
+    notes: tuple[str, ...]

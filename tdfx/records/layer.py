@@ -1,0 +1,148 @@
+"""Shapes and options of layers, and the sites where a network can be compressed."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from tdfx.records.cost import Workload
+
+Shape = tuple[int, ...]
+Rank = tuple[int, ...]
+Kind = Literal["linear", "conv1d", "conv2d", "conv3d"]
+
+ITEMSIZE = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
+
+
+@dataclass(frozen=True)
+class Call:
+    """Shapes of one call of a layer: input (batch, channels, ...) or (..., features), and output."""
+
+    input_shape: Shape
+    output_shape: Shape
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """Shapes and options of one Linear or convolution layer, without its weights.
+
+    Attributes:
+        name: qualified name in the model, e.g. ``layer1.0.conv1``.
+        kind: "linear", "conv1d", "conv2d" or "conv3d".
+        in_channels: input channels or features.
+        out_channels: output channels or features.
+        kernel_size: one entry per spatial dimension; empty for linear, as are stride, dilation.
+        stride: as in torch.
+        padding: numbers per spatial dimension, or "same" / "valid".
+        padding_mode: "zeros", "reflect", "replicate" or "circular".
+        dilation: as in torch.
+        groups: as in torch.
+        bias: whether the layer adds a bias.
+        dtype: name of the weight's dtype, e.g. "float32".
+        calls: shapes of every call in one run on the example inputs.
+    """
+
+    name: str
+    kind: Kind
+    in_channels: int
+    out_channels: int
+    kernel_size: Shape = ()
+    stride: Shape = ()
+    padding: Shape | str = ()
+    padding_mode: str = "zeros"
+    dilation: Shape = ()
+    groups: int = 1
+    bias: bool = False
+    dtype: str = "float32"
+    calls: tuple[Call, ...] = ()
+
+    @property
+    def weight_shape(self) -> Shape:
+        """(out, in / groups, *kernel)."""
+        return (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
+
+    @property
+    def params(self) -> int:
+        """Elements of weight and bias."""
+        return math.prod(self.weight_shape) + (self.out_channels if self.bias else 0)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of weight and bias."""
+        return self.params * ITEMSIZE[self.dtype]
+
+    @property
+    def workloads(self) -> tuple[Workload, ...]:
+        """One per call."""
+        return tuple(
+            Workload(
+                positions=math.prod(call.output_shape) // self.out_channels,
+                in_channels=self.in_channels,
+                out_channels=self.out_channels,
+                kernel=math.prod(self.kernel_size),
+                groups=self.groups,
+                inputs=math.prod(call.input_shape),
+                itemsize=ITEMSIZE[self.dtype],
+                conv=self.kind != "linear",
+            )
+            for call in self.calls
+        )
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates over all calls."""
+        return sum(workload.macs for workload in self.workloads)
+
+    def called_on(self, shapes: tuple[Shape, ...]) -> LayerSpec:
+        """The same layer with the calls that inputs of these shapes make."""
+        return replace(self, calls=tuple(Call(shape, self.output_shape(shape)) for shape in shapes))
+
+    def output_shape(self, input_shape: Shape) -> Shape:
+        """Output shape for an input shape (torch.nn.Conv2d's formula; batched or unbatched)."""
+        if self.kind == "linear":
+            return (*input_shape[:-1], self.out_channels)
+        dims = len(self.kernel_size)
+        lead, spatial = input_shape[: -dims - 1], input_shape[-dims:]
+        if self.padding == "same":
+            return (*lead, self.out_channels, *spatial)
+        padding = (0,) * dims if isinstance(self.padding, str) else self.padding
+        sizes = (
+            (size + 2 * p - d * (k - 1) - 1) // s + 1
+            for size, p, d, k, s in zip(spatial, padding, self.dilation, self.kernel_size, self.stride, strict=True)
+        )
+        return (*lead, self.out_channels, *sizes)
+
+
+@dataclass(frozen=True)
+class Site:
+    """One place to compress: usually one layer.
+
+    Attributes:
+        name: the (first) layer's qualified name; unique in a plan.
+        layers: the layers that are replaced together.
+        kind: the layers' kind.
+    """
+
+    name: str
+    layers: tuple[LayerSpec, ...]
+    kind: Kind
+
+    @classmethod
+    def of(cls, layer: LayerSpec) -> Site:
+        """The site of a single layer."""
+        return cls(layer.name, (layer,), layer.kind)
+
+    @property
+    def layer(self) -> LayerSpec:
+        """The only layer of a single-layer site."""
+        (layer,) = self.layers
+        return layer
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A layer that is left as it is, and why (a sentence for the user)."""
+
+    layer: str
+    reason: str

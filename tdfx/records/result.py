@@ -1,0 +1,84 @@
+"""What ``compress`` and ``apply`` return."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+
+from tdfx.records.cost import Cost
+from tdfx.records.layer import Skipped
+from tdfx.records.plan import Plan
+from tdfx.tables import count, seconds, share
+
+
+@dataclass(frozen=True)
+class Report:
+    """How a network was compressed, in figures.
+
+    Attributes:
+        plan: what was carried out.
+        before: cost of the whole model as given.
+        after: cost of the result, counted on the result itself.
+        skipped: layers left as they are, with reasons.
+        tier: how the graph was captured: "fx".
+        timings_s: seconds by stage.
+        verification: largest relative differences found: "capture" (graph against model), "network" (result against
+            the network with reconstructed weights), "chains" by layer, and "full_rank" by layer and method if asked for.
+        notes: what the user should know.
+        versions: of tdfx, torch and Python.
+    """
+
+    plan: Plan
+    before: Cost
+    after: Cost
+    skipped: tuple[Skipped, ...]
+    tier: str
+    timings_s: dict[str, float]
+    verification: dict[str, Any]
+    notes: tuple[str, ...]
+    versions: dict[str, str]
+
+    def to_json(self) -> str:
+        """All of it as indented JSON."""
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+    def __str__(self) -> str:
+        lines = [str(self.plan), ""]
+        for name, old, new in (
+            ("FLOPs", self.before.flops, self.after.flops),
+            ("parameters", self.before.params, self.after.params),
+            ("weight bytes", self.before.weight_bytes, self.after.weight_bytes),
+        ):
+            lines.append(f"{name:13}{count(old)} -> {count(new)} ({share(new, old)})")
+        if self.before.latency_s is not None and self.after.latency_s is not None:
+            times = f"{seconds(self.before.latency_s)} -> {seconds(self.after.latency_s)}"
+            lines.append(
+                f"{'latency':13}{times} ({share(self.after.latency_s, self.before.latency_s)}, {self.plan.latency_source})"
+            )
+        lines += [f"skipped {entry.layer}: {entry.reason}" for entry in self.skipped]
+        lines += [f"note: {note}" for note in self.notes if note not in self.plan.notes]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Result:
+    """A compressed network.
+
+    Attributes:
+        module: plain layers in a ``torch.fx.GraphModule``; train/eval, ``.to``, state_dict, deepcopy and pickle work.
+        plan: one candidate per site.
+        before: cost of the whole model as given.
+        after: cost of ``module``.
+        skipped: layers left as they are, with reasons.
+        report: all of this and how it came about.
+    """
+
+    module: nn.Module
+    plan: Plan
+    before: Cost
+    after: Cost
+    skipped: tuple[Skipped, ...]
+    report: Report
