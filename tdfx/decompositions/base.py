@@ -1,0 +1,124 @@
+"""What a decomposition is: the contract that every method file fulfils and the conformance tests check."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from tdfx.decompositions.chain import build_layer
+from tdfx.records.layer import LayerSpec, Rank, Site
+
+Factors = tuple[Tensor, ...]
+
+
+class Decomposition(ABC):
+    """Replaces a layer by a chain of cheaper layers whose weights are the factors of its weight.
+
+    Weights and factors have the layouts of torch: (out, in) for linear, (out, in / groups, *kernel) for
+    convolutions. ``decompose`` takes and returns float64; ``build`` casts to the layer's dtype.
+
+    Attributes:
+        name: as users write it and as it stands in a plan.
+        summary: one line for ``tdfx methods``: what is replaced by what.
+        source: paper, section and equation.
+        max_ranks: the most ranks offered for one site.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    source: ClassVar[str]
+    max_ranks: ClassVar[int] = 24
+
+    @abstractmethod
+    def unsupported(self, site: Site) -> str | None:
+        """Why the method does not apply to this site, or None if it does."""
+
+    @abstractmethod
+    def full_rank(self, site: Site) -> Rank:
+        """Least rank at which the method reproduces every weight of this shape."""
+
+    @abstractmethod
+    def chain(self, site: Site, rank: Rank) -> tuple[LayerSpec, ...]:
+        """The layers that replace the site, first to last; names are those of the factors."""
+
+    @abstractmethod
+    def decompose(self, weight: Tensor, rank: Rank, *, seed: int = 0) -> Factors:
+        """Factors of a float64 weight at this rank, one weight per layer of ``chain``."""
+
+    @abstractmethod
+    def reconstruct(self, factors: Sequence[Tensor]) -> Tensor:
+        """The weight that the chain with these factors computes with, in the layer's layout."""
+
+    def ranks(self, site: Site, multiple: int = 1) -> tuple[Rank, ...]:
+        """Ranks worth offering, ascending: multiples of ``multiple`` that cost less than the dense layer."""
+        (most,) = self.full_rank(site)
+        cheaper = [(r,) for r in range(multiple, most + 1, multiple) if self.saves(site, (r,))]
+        return tuple(cheaper[i] for i in spaced(0, len(cheaper) - 1, 1, self.max_ranks))
+
+    def ranks_below(self, site: Site, multiple: int) -> tuple[Rank, ...]:
+        """Powers of two under a grid of ``multiple``, equal in all modes: the cheapest the method can be made."""
+        full = self.full_rank(site)
+        powers = (1 << exponent for exponent in range((multiple - 1).bit_length()))
+        ranks = dict.fromkeys(tuple(min(power, most) for most in full) for power in powers)
+        return tuple(rank for rank in ranks if self.saves(site, rank))
+
+    def errors(self, weight: Tensor, ranks: Sequence[Rank], *, seed: int = 0) -> list[float]:
+        """Norms ||W - W~||_F of what ``decompose`` leaves at each rank; float64 weight in its own units."""
+        return [
+            float(torch.linalg.vector_norm(weight - self.reconstruct(self.decompose(weight, rank, seed=seed))))
+            for rank in ranks
+        ]
+
+    def shortlist(self, site: Site, weight: Tensor, ranks: Sequence[Rank]) -> tuple[Rank, ...]:
+        """The ranks whose errors are worth computing for this weight."""
+        return tuple(ranks)
+
+    def is_rank(self, site: Site, rank: Rank) -> bool:
+        """Whether this is a valid rank of the method for the site."""
+        full = self.full_rank(site)
+        return len(rank) == len(full) and all(1 <= r <= most for r, most in zip(rank, full, strict=True))
+
+    def build(self, site: Site, rank: Rank, factors: Sequence[Tensor], bias: Tensor | None) -> nn.Sequential:
+        """The chain as ordinary layers in the site's dtype; ``bias`` goes to the last layer."""
+        specs = self.chain(site, rank)
+        biases = [None] * (len(specs) - 1) + [bias]
+        return nn.Sequential(
+            OrderedDict(
+                (spec.name, build_layer(spec, weight, b))
+                for spec, weight, b in zip(specs, factors, biases, strict=True)
+            )
+        )
+
+    def saves(self, site: Site, rank: Rank) -> bool:
+        """Whether the chain has fewer MACs or fewer parameters than the dense layer."""
+        chain = self.chain(site, rank)
+        return (
+            sum(layer.macs for layer in chain) < site.layer.macs
+            or sum(layer.params for layer in chain) < site.layer.params
+        )
+
+
+def spaced(least: int, most: int, step: int, count: int) -> list[int]:
+    """At most ``count`` values least, least + step, ... <= most, denser at the low end (quadratic spacing)."""
+    total = (most - least) // step + 1
+    if total <= 0:
+        return []
+    if total <= count:
+        return [least + step * i for i in range(total)]
+    picks = {round((i / (count - 1)) ** 2 * (total - 1)) for i in range(count)}
+    return [least + step * i for i in sorted(picks)]
+
+
+def balance(factors: Sequence[Tensor]) -> Factors:
+    """The same product with equal Frobenius norms; factors with a zero among them are returned as they are."""
+    norms = [float(torch.linalg.vector_norm(factor)) for factor in factors]
+    if min(norms) == 0.0:
+        return tuple(factors)
+    mean = math.exp(sum(map(math.log, norms)) / len(norms))
+    return tuple(factor * (mean / norm) for factor, norm in zip(factors, norms, strict=True))

@@ -1,0 +1,68 @@
+"""Spatial SVD: a k x k convolution as k x 1 to R channels, then 1 x k.
+
+The kernel (out, in, h, w) is unfolded to rows (in, h) and columns (out, w) and its SVD cut to rank R:
+W[o, i, h, w] = sum_r V[r, i, h] H[o, r, w]. Each factor takes stride, padding and dilation of its own direction.
+
+Source: Jaderberg, Vedaldi and Zisserman 2014, section 2.2 (scheme 2); Tai et al. 2016, theorem 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tdfx.decompositions.base import Decomposition, Factors
+from tdfx.decompositions.chain import link, spatial
+from tdfx.decompositions.spectrum import tail_norms, thin_svd
+from tdfx.records.layer import LayerSpec, Rank, Site
+
+
+class SpatialSVD(Decomposition):
+    """A vertical and a horizontal convolution in place of a 2-d one."""
+
+    name = "spatial_svd"
+    summary = "k x k conv -> k x 1, 1 x k"
+    source = "Jaderberg et al. 2014, sec. 2.2"
+
+    def unsupported(self, site: Site) -> str | None:
+        if site.kind != "conv2d" or min(site.layer.kernel_size) == 1:
+            return "spatial_svd takes 2-d convolutions with a kernel larger than 1 in both directions"
+        return None
+
+    def full_rank(self, site: Site) -> Rank:
+        height, width = site.layer.kernel_size
+        return (min(site.layer.in_channels * height, site.layer.out_channels * width),)
+
+    def chain(self, site: Site, rank: Rank) -> tuple[LayerSpec, ...]:
+        layer, (r,) = site.layer, rank
+        return link(
+            layer,
+            (
+                spatial(layer, "vertical", layer.in_channels, r, dims=(0,)),
+                spatial(layer, "horizontal", r, layer.out_channels, dims=(1,)),
+            ),
+        )
+
+    def decompose(self, weight: Tensor, rank: Rank, *, seed: int = 0) -> Factors:
+        (r,) = rank
+        out_channels, in_channels, height, width = weight.shape
+        u, s, vt = thin_svd(_unfold(weight))
+        root = s[:r].sqrt()
+        vertical = (u[:, :r] * root).T.reshape(r, in_channels, height, 1)
+        horizontal = (root[:, None] * vt[:r]).reshape(r, out_channels, 1, width).transpose(0, 1)
+        return vertical, horizontal
+
+    def reconstruct(self, factors: Sequence[Tensor]) -> Tensor:
+        vertical, horizontal = factors
+        return torch.einsum("rih,orw->oihw", vertical.squeeze(3), horizontal.squeeze(2))
+
+    def errors(self, weight: Tensor, ranks: Sequence[Rank], *, seed: int = 0) -> list[float]:
+        return tail_norms(thin_svd(_unfold(weight))[1], [r for (r,) in ranks])
+
+
+def _unfold(weight: Tensor) -> Tensor:
+    """(out, in, h, w) -> (in h, out w)."""
+    out_channels, in_channels, height, width = weight.shape
+    return weight.permute(1, 2, 0, 3).reshape(in_channels * height, out_channels * width)

@@ -1,0 +1,60 @@
+"""Truncated SVD of a linear layer or a 1 x 1 convolution.
+
+W = U S V^T (out x in) is cut to rank R and split into a layer in -> R with weight S^1/2 V^T and a layer R -> out
+with weight U S^1/2. Stride and padding of a 1 x 1 convolution go to the first factor: sampling positions before
+mixing channels is exact and cheaper by the stride.
+
+Source: Eckart and Young 1936; for layers Denil et al. 2013 and Xue et al. 2013, section 2.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from tdfx.decompositions.base import Decomposition, Factors
+from tdfx.decompositions.chain import link, pointwise, spatial
+from tdfx.decompositions.spectrum import tail_norms, thin_svd
+from tdfx.records.layer import LayerSpec, Rank, Site
+
+
+class SVD(Decomposition):
+    """Two layers in place of a linear layer or a 1 x 1 convolution."""
+
+    name = "svd"
+    summary = "Linear, 1x1 conv -> two of the same"
+    source = "Eckart & Young 1936"
+
+    def unsupported(self, site: Site) -> str | None:
+        if site.kind != "linear" and math.prod(site.layer.kernel_size) != 1:
+            return (
+                f"kernel is {'x'.join(map(str, site.layer.kernel_size))}; svd takes linear layers and 1x1 convolutions"
+            )
+        return None
+
+    def full_rank(self, site: Site) -> Rank:
+        return (min(site.layer.in_channels, site.layer.out_channels),)
+
+    def chain(self, site: Site, rank: Rank) -> tuple[LayerSpec, ...]:
+        layer, (r,) = site.layer, rank
+        return link(
+            layer,
+            (spatial(layer, "reduce", layer.in_channels, r), pointwise(layer, "expand", r, layer.out_channels)),
+        )
+
+    def decompose(self, weight: Tensor, rank: Rank, *, seed: int = 0) -> Factors:
+        (r,) = rank
+        ones = (1,) * (weight.dim() - 2)
+        u, s, vt = thin_svd(weight.flatten(1))
+        root = s[:r].sqrt()
+        return (root[:, None] * vt[:r]).reshape(r, -1, *ones), (u[:, :r] * root).reshape(-1, r, *ones)
+
+    def reconstruct(self, factors: Sequence[Tensor]) -> Tensor:
+        reduce, expand = factors
+        matrix = expand.flatten(1) @ reduce.flatten(1)
+        return matrix.reshape(*matrix.shape, *reduce.shape[2:])
+
+    def errors(self, weight: Tensor, ranks: Sequence[Rank], *, seed: int = 0) -> list[float]:
+        return tail_norms(thin_svd(weight.flatten(1))[1], [r for (r,) in ranks])
