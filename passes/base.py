@@ -1,0 +1,110 @@
+"""The contract of a graph pass and the driver that enforces it.
+
+A pass is a frozen dataclass whose fields are its options. ``run`` checks the graph before and after it: an
+analysis pass must leave the graph as it was, a rewrite pass must return a valid graph and leave its input alone.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from typing import Generic, TypeVar, cast
+
+from torch import fx, nn
+
+from tdfx.errors import PassError, TdfxError
+
+T = TypeVar("T")
+Layer = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
+
+
+class GraphPass(ABC, Generic[T]):
+    """Base of all passes."""
+
+    @property
+    def name(self) -> str:
+        """As errors and ``tdfx passes`` print it."""
+        return type(self).__name__
+
+    def run(self, graph_module: fx.GraphModule) -> T:
+        """Checks the graph, runs the pass, checks what it left.
+
+        Raises:
+            PassError: the graph is invalid before or after the pass, or the pass edited what it was given.
+        """
+        check(graph_module, f"before {self.name}")
+        before = describe(graph_module)
+        try:
+            result = self.apply(graph_module)
+        except TdfxError:
+            raise
+        except Exception as error:
+            raise PassError(f"pass {self.name} failed: {type(error).__name__}: {error}") from error
+        if describe(graph_module) != before:
+            raise PassError(f"pass {self.name} edited the graph it was given; it must work on a copy")
+        return result
+
+    @abstractmethod
+    def apply(self, graph_module: fx.GraphModule) -> T:
+        """The pass itself; called by ``run``."""
+
+
+class AnalysisPass(GraphPass[T]):
+    """Reads a graph and returns records."""
+
+
+class RewritePass(GraphPass[fx.GraphModule]):
+    """Returns a new graph module; submodules may be shared with the input but are never changed in place."""
+
+    def apply(self, graph_module: fx.GraphModule) -> fx.GraphModule:
+        rewritten = fork(graph_module)
+        self.rewrite(rewritten)
+        rewritten.delete_all_unused_submodules()
+        check(rewritten, f"after {self.name}")
+        rewritten.recompile()
+        return rewritten
+
+    @abstractmethod
+    def rewrite(self, graph_module: fx.GraphModule) -> None:
+        """Edits graph and submodule table of a fork; replaces submodules rather than changing them."""
+
+
+def fork(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """A graph module with its own graph and module tree whose leaf modules are shared."""
+    return fx.GraphModule(graph_module, copy.deepcopy(graph_module.graph), type(graph_module).__name__)
+
+
+def describe(graph_module: fx.GraphModule) -> tuple[str, tuple[tuple[str, int], ...]]:
+    """The graph's text and the identities of its submodules: equal if and only if nothing was edited."""
+    modules = tuple((name, id(module)) for name, module in graph_module.named_modules())
+    return str(graph_module.graph), modules
+
+
+def check(graph_module: fx.GraphModule, when: str) -> None:
+    """Raises PassError, naming the node, unless the graph is well formed and all its targets exist."""
+    for node in graph_module.graph.nodes:
+        if node.op == "call_module" and not _has_module(graph_module, node.target):
+            raise PassError(f"{when}: node {node.name} calls module {node.target!r}, which does not exist")
+    try:
+        graph_module.graph.lint()
+    except Exception as error:
+        raise PassError(f"{when}: {error}") from error
+
+
+def layer_at(root: nn.Module, path: str) -> Layer:
+    """The Linear or convolution layer at a qualified name."""
+    return cast(Layer, root.get_submodule(path))
+
+
+def set_submodule(root: nn.Module, path: str, module: nn.Module) -> None:
+    """Puts a module at a qualified name, replacing what is there."""
+    parent, _, name = path.rpartition(".")
+    setattr(root.get_submodule(parent), name, module)
+
+
+def _has_module(root: nn.Module, path: str) -> bool:
+    try:
+        root.get_submodule(path)
+    except AttributeError:
+        return False
+    return True

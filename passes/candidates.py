@@ -1,0 +1,127 @@
+"""The choices for every site: method, rank, cost and error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, fx
+
+from tdfx.cache import ListCache
+from tdfx.decompositions.base import Decomposition
+from tdfx.errors import OptionError, WeightError
+from tdfx.fingerprint import tensor_digest
+from tdfx.metrics import error_scale
+from tdfx.passes.base import AnalysisPass, layer_at
+from tdfx.records.candidate import DENSE, Candidate, format_rank
+from tdfx.records.cost import Cost
+from tdfx.records.layer import Rank, Site, Skipped
+from tdfx.selection import Selection
+from tdfx.targets import Target, layer_cost
+from tdfx.version import VERSION
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class FindCandidates(AnalysisPass[tuple[tuple[Candidate, ...], tuple[Skipped, ...]]]):
+    """Candidates of all sites, and the sites that no method can make cheaper, with reasons.
+
+    Always offered are "dense" and ranks on the grid that the target's estimate does not put slower than dense. Others
+    carry a caveat: ranks below the grid and chains slower than dense, for budgets that nothing else reaches.
+
+    Attributes:
+        sites: where to look.
+        selection: methods and ranks by site.
+        metric: of the errors.
+        target: whose latency is estimated, or None.
+        rank_multiple: the grid.
+        seed: of the decompositions.
+        cache: keeps errors by weight, method and ranks.
+        progress: called with a description, steps done and steps in all.
+    """
+
+    sites: tuple[Site, ...]
+    selection: Selection
+    metric: str
+    target: Target | None
+    rank_multiple: int
+    seed: int
+    cache: ListCache
+    progress: Progress = field(default=lambda description, done, total: None)
+
+    def apply(self, graph_module: fx.GraphModule) -> tuple[tuple[Candidate, ...], tuple[Skipped, ...]]:
+        found: list[Candidate] = []
+        skipped: list[Skipped] = []
+        for index, site in enumerate(self.sites):
+            self.progress(f"decomposing {site.name}", index, len(self.sites))
+            weight = site_weight(graph_module, site)
+            dense = Candidate(site.name, DENSE, (), layer_cost(site.layer, self.target), 0.0, self.metric)
+            pinned = self.selection.rank_for(site)
+            factored, reasons = self._factored(site, weight, dense.cost, pinned)
+            if pinned is not None and not factored:
+                raise OptionError(f"overrides: no method takes rank {format_rank(pinned)} at {site.name}: {reasons}")
+            if not factored:
+                skipped.append(Skipped(site.name, reasons))
+                continue
+            found += factored if pinned is not None else [dense, *factored]
+        self.progress("decomposing", len(self.sites), len(self.sites))
+        return tuple(found), tuple(skipped)
+
+    def _factored(self, site: Site, weight: Tensor, dense: Cost, pinned: Rank | None) -> tuple[list[Candidate], str]:
+        """Candidates other than dense; and if there are none, why."""
+        found: list[Candidate] = []
+        reasons = {}
+        for method in self.selection.methods_for(site):
+            refusal = method.unsupported(site)
+            ranks = () if refusal else self._ranks(method, site, weight, pinned)
+            if not ranks:
+                reasons[method.name] = refusal or f"no rank of {method.name} fits or saves anything"
+                continue
+            errors = self._errors(method, weight, ranks)
+            for rank, error in zip(ranks, errors, strict=True):
+                cost = chain_cost(method, site, rank, self.target)
+                caveat = "" if pinned else self._caveat(rank, cost, dense)
+                found.append(Candidate(site.name, method.name, rank, cost, error, self.metric, caveat))
+        return found, "; ".join(dict.fromkeys(reasons.values()))
+
+    def _ranks(self, method: Decomposition, site: Site, weight: Tensor, pinned: Rank | None) -> tuple[Rank, ...]:
+        if pinned is not None:
+            return (pinned,) if method.is_rank(site, pinned) else ()
+        on_grid = method.shortlist(site, weight, method.ranks(site, self.rank_multiple))
+        return tuple(dict.fromkeys((*method.ranks_below(site, self.rank_multiple), *on_grid)))
+
+    def _errors(self, method: Decomposition, weight: Tensor, ranks: tuple[Rank, ...]) -> list[float]:
+        key = (VERSION, method.name, tensor_digest(weight), ranks, self.seed)
+        norms = self.cache.get(key, lambda: method.errors(weight, ranks, seed=self.seed))
+        scale = error_scale(self.metric, weight)
+        return [norm / scale for norm in norms]
+
+    def _caveat(self, rank: Rank, cost: Cost, dense: Cost) -> str:
+        if any(r % self.rank_multiple for r in rank):
+            return f"rank off the grid of {self.rank_multiple}"
+        if cost.latency_s is not None and dense.latency_s is not None and cost.latency_s >= dense.latency_s:
+            return "estimated slower than dense"
+        return ""
+
+
+def chain_cost(method: Decomposition, site: Site, rank: Rank, target: Target | None) -> Cost:
+    """Cost of the chain that a method puts in a site's place."""
+    first, *others = (layer_cost(layer, target) for layer in method.chain(site, rank))
+    return sum(others, start=first)
+
+
+def site_weight(graph_module: fx.GraphModule, site: Site) -> Tensor:
+    """The weight of a site's layer in float64.
+
+    Raises:
+        WeightError: it holds NaN or Inf.
+    """
+    weight = layer_at(graph_module, site.name).weight.detach()
+    bad = int((~torch.isfinite(weight)).sum())
+    if bad:
+        raise WeightError(
+            f"layer {site.name}: {bad} of {weight.numel()} weights are NaN or Inf; repair the checkpoint or exclude the layer"
+        )
+    return weight.double()

@@ -1,0 +1,53 @@
+"""Splices factor chains into the graph in place of the layers they replace."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import fx, nn
+
+from tdfx.errors import PassError
+from tdfx.passes.base import RewritePass, set_submodule
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """A chain for one layer; ``chain``'s children are called in order."""
+
+    method: str
+    chain: nn.Sequential
+
+
+@dataclass(frozen=True)
+class Factorize(RewritePass):
+    """Every call of a layer becomes calls of ``{layer}.{method}.{factor}``, one node a factor.
+
+    Attributes:
+        replacements: chains by the qualified name of the layer they replace.
+    """
+
+    replacements: Mapping[str, Replacement] = field(default_factory=dict)
+
+    def rewrite(self, graph_module: fx.GraphModule) -> None:
+        called = {node.target for node in graph_module.graph.nodes if node.op == "call_module"}
+        missing = [name for name in self.replacements if name not in called]
+        if missing:
+            raise PassError(f"Factorize: no node calls {', '.join(missing)}; the graph calls {len(called)} modules")
+        for name, replacement in self.replacements.items():
+            holder = nn.Sequential(OrderedDict({replacement.method: replacement.chain}))
+            set_submodule(graph_module, name, holder.train(graph_module.training))
+        for node in list(graph_module.graph.nodes):
+            if node.op == "call_module" and node.target in self.replacements:
+                _splice(graph_module.graph, node, self.replacements[node.target])
+
+
+def _splice(graph: fx.Graph, node: fx.Node, replacement: Replacement) -> None:
+    value = node.all_input_nodes[0]
+    with graph.inserting_before(node):
+        for factor, _ in replacement.chain.named_children():
+            value = graph.call_module(f"{node.target}.{replacement.method}.{factor}", (value,))
+    value.meta.update(node.meta)
+    node.replace_all_uses_with(value)
+    graph.erase_node(node)

@@ -1,0 +1,139 @@
+"""Folds BatchNorm into the convolution or linear layer before it.
+
+y = (W x + b - m) * g / sqrt(v + eps) + h becomes one layer with W' = W g / sqrt(v + eps) and the bias to match
+(Jacob et al. 2018, section 3.2, equation 14). Computed in float64.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
+
+from tdfx.passes.base import AnalysisPass, Layer, RewritePass, layer_at, set_submodule
+from tdfx.passes.capture import has_stock_forward
+from tdfx.passes.shape_prop import TensorMeta
+from tdfx.records.layer import Skipped
+
+BatchNorm = nn.modules.batchnorm._BatchNorm
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+@dataclass(frozen=True)
+class FoldBatchNorm(RewritePass):
+    """Folds every BatchNorm with running statistics whose input is a layer that nobody else uses.
+
+    The BatchNorm's weight and bias stay in ``node.meta["batch_norm"]`` of the layer's node: they give mean and spread
+    of what follows.
+
+    Attributes:
+        metas: shapes by node name, as ``ShapeProp`` returns them.
+    """
+
+    metas: dict[str, TensorMeta]
+
+    def rewrite(self, graph_module: fx.GraphModule) -> None:
+        for node in list(graph_module.graph.nodes):
+            if _batch_norm(graph_module, node) is None or obstacle(graph_module, node, self.metas) is not None:
+                continue
+            _fold(graph_module, node.args[0], node)
+
+
+@dataclass(frozen=True)
+class RemainingBatchNorms(AnalysisPass[tuple[Skipped, ...]]):
+    """BatchNorms that cannot be folded, with reasons.
+
+    Attributes:
+        metas: shapes by node name.
+    """
+
+    metas: dict[str, TensorMeta]
+
+    def apply(self, graph_module: fx.GraphModule) -> tuple[Skipped, ...]:
+        found = {}
+        for node in graph_module.graph.nodes:
+            if _batch_norm(graph_module, node) is not None:
+                reason = obstacle(graph_module, node, self.metas)
+                if reason is not None:
+                    found[str(node.target)] = f"BatchNorm is not folded: {reason}"
+        return tuple(Skipped(layer, reason) for layer, reason in found.items())
+
+
+def obstacle(graph_module: fx.GraphModule, node: fx.Node, metas: dict[str, TensorMeta]) -> str | None:
+    """Why this BatchNorm node cannot be folded, None if it can."""
+    batch_norm = _batch_norm(graph_module, node)
+    if batch_norm is None or batch_norm.running_mean is None or batch_norm.running_var is None:
+        return "it keeps no running statistics and normalises with those of the batch in eval mode too"
+    source = node.args[0] if node.args else node.kwargs.get("input")
+    if not isinstance(source, fx.Node) or source.op != "call_module" or not node.args:
+        return "it does not follow a convolution or linear layer"
+    layer = graph_module.get_submodule(str(source.target))
+    if not has_stock_forward(layer) and type(layer) not in (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d):
+        return f"it follows {type(layer).__name__}, not a convolution or linear layer"
+    if len(source.users) > 1:
+        return f"the output of {source.target} has other users"
+    if Counter(n.target for n in graph_module.graph.nodes if n.op == "call_module")[source.target] > 1:
+        return f"{source.target} is called more than once"
+    if _is_shared(graph_module, str(source.target)):
+        return f"the weight of {source.target} is used elsewhere too"
+    if isinstance(layer, nn.Linear) and len(metas[source.name].shape) != 2:
+        return f"it normalises dimension 1 of the output of {source.target}, which is not its features"
+    if isinstance(layer, nn.modules.conv._ConvTransposeNd) and layer.groups > 1:
+        return f"{source.target} is a grouped transposed convolution"
+    return None
+
+
+def _batch_norm(graph_module: fx.GraphModule, node: fx.Node) -> BatchNorm | None:
+    if node.op != "call_module":
+        return None
+    module = graph_module.get_submodule(str(node.target))
+    return module if type(module) in BATCH_NORMS else None  # type: ignore[return-value]
+
+
+def _is_shared(graph_module: fx.GraphModule, target: str) -> bool:
+    weight = layer_at(graph_module, target).weight
+    holders = [
+        name
+        for name, parameter in graph_module.named_parameters(remove_duplicate=False)
+        if parameter is weight and name != f"{target}.weight"
+    ]
+    reads = [n for n in graph_module.graph.nodes if n.op == "get_attr" and str(n.target).startswith(f"{target}.")]
+    return bool(holders or reads)
+
+
+def _fold(graph_module: fx.GraphModule, source: fx.Node, node: fx.Node) -> None:
+    layer = layer_at(graph_module, str(source.target))
+    batch_norm = cast(BatchNorm, graph_module.get_submodule(str(node.target)))
+    folded = copy.deepcopy(layer)
+    folded.weight, folded.bias = folded_parameters(layer, batch_norm)
+    set_submodule(graph_module, str(source.target), folded)
+    source.meta["batch_norm"] = {"weight": _detached(batch_norm.weight), "bias": _detached(batch_norm.bias)}
+    node.replace_all_uses_with(source)
+    graph_module.graph.erase_node(node)
+
+
+def folded_parameters(layer: Layer, batch_norm: BatchNorm) -> tuple[nn.Parameter, nn.Parameter]:
+    """Weight and bias of the layer with the BatchNorm folded in, in the layer's dtype."""
+    assert batch_norm.running_mean is not None and batch_norm.running_var is not None
+    mean, var = batch_norm.running_mean.double(), batch_norm.running_var.double()
+    scale = batch_norm.weight.detach().double() if batch_norm.affine else torch.ones_like(mean)
+    shift = batch_norm.bias.detach().double() if batch_norm.affine else torch.zeros_like(mean)
+    weight = layer.weight.detach().double()
+    bias = None if layer.bias is None else layer.bias.detach().double()
+    new: tuple[Tensor, Tensor]
+    if isinstance(layer, nn.Linear):
+        new = fuse_linear_bn_weights(weight, bias, mean, var, batch_norm.eps, scale, shift)
+    else:
+        transpose = isinstance(layer, nn.modules.conv._ConvTransposeNd)
+        new = fuse_conv_bn_weights(weight, bias, mean, var, batch_norm.eps, scale, shift, transpose)
+    dtype = layer.weight.dtype
+    return nn.Parameter(new[0].detach().to(dtype)), nn.Parameter(new[1].detach().to(dtype))
+
+
+def _detached(parameter: Tensor | None) -> Tensor | None:
+    return None if parameter is None else parameter.detach().clone()

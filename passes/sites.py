@@ -1,0 +1,119 @@
+"""Finds the places where a network can be compressed, and says why each other layer is left alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, fx, nn
+
+from tdfx.passes.base import AnalysisPass, Layer, layer_at
+from tdfx.passes.capture import has_stock_forward
+from tdfx.passes.shape_prop import TensorMeta
+from tdfx.records.layer import ITEMSIZE, Call, Kind, LayerSpec, Site, Skipped
+
+KINDS: dict[type[nn.Module], Kind] = {
+    nn.Linear: "linear",
+    nn.Conv1d: "conv1d",
+    nn.Conv2d: "conv2d",
+    nn.Conv3d: "conv3d",
+}
+
+
+@dataclass(frozen=True)
+class FindSites(AnalysisPass[tuple[tuple[Site, ...], tuple[Skipped, ...]]]):
+    """Sites in the order of execution, and a reason for every other layer that holds a weight matrix.
+
+    Attributes:
+        metas: shapes by node name, as ``ShapeProp`` returns them.
+    """
+
+    metas: dict[str, TensorMeta]
+
+    def apply(self, graph_module: fx.GraphModule) -> tuple[tuple[Site, ...], tuple[Skipped, ...]]:
+        nodes: dict[str, list[fx.Node]] = {}
+        for node in graph_module.graph.nodes:
+            if node.op == "call_module" and has_weight_matrix(graph_module.get_submodule(node.target)):
+                nodes.setdefault(node.target, []).append(node)
+        sites, skipped = [], []
+        for name, calls in nodes.items():
+            reason = _obstacle(graph_module, name, calls)
+            if reason is None:
+                sites.append(Site.of(self._layer(graph_module, name, calls)))
+            else:
+                skipped.append(Skipped(name, reason))
+        return tuple(sites), (*skipped, *_raw_parameters(graph_module))
+
+    def _layer(self, graph_module: fx.GraphModule, name: str, nodes: list[fx.Node]) -> LayerSpec:
+        calls = tuple(
+            Call(self.metas[node.all_input_nodes[0].name].shape, self.metas[node.name].shape) for node in nodes
+        )
+        return layer_spec(name, layer_at(graph_module, name), calls)
+
+
+def layer_spec(name: str, module: Layer, calls: tuple[Call, ...]) -> LayerSpec:
+    """The specification of a Linear or Conv layer."""
+    dtype = str(module.weight.dtype).removeprefix("torch.")
+    bias = module.bias is not None
+    if isinstance(module, nn.Linear):
+        return LayerSpec(name, "linear", module.in_features, module.out_features, bias=bias, dtype=dtype, calls=calls)
+    return LayerSpec(
+        name=name,
+        kind=kind_of(module),
+        in_channels=module.in_channels,
+        out_channels=module.out_channels,
+        kernel_size=tuple(module.kernel_size),
+        stride=tuple(module.stride),
+        padding=module.padding if isinstance(module.padding, str) else tuple(module.padding),  # type: ignore[arg-type]
+        padding_mode=module.padding_mode,
+        dilation=tuple(module.dilation),
+        groups=module.groups,
+        bias=bias,
+        dtype=dtype,
+        calls=calls,
+    )
+
+
+def kind_of(module: nn.Module) -> Kind:
+    """The kind of a Linear or Conv layer or of a subclass of one."""
+    return next(kind for layer, kind in KINDS.items() if isinstance(module, layer))
+
+
+def has_weight_matrix(module: nn.Module) -> bool:
+    """Whether a module holds, itself or inside, a parameter of two dimensions or more."""
+    return any(parameter.dim() >= 2 for parameter in module.parameters())
+
+
+def _obstacle(graph_module: fx.GraphModule, name: str, nodes: list[fx.Node]) -> str | None:
+    module = layer_at(graph_module, name)
+    if not has_stock_forward(module):
+        return f"{type(module).__name__} layers are not compressed; Linear and convolution layers are"
+    dtype = str(module.weight.dtype).removeprefix("torch.")
+    if dtype not in ITEMSIZE:
+        return f"its weight is {dtype}; expected one of {', '.join(ITEMSIZE)}"
+    if not isinstance(module, nn.Linear) and module.groups > 1:
+        return f"a convolution in {module.groups} groups is not decomposed; it is cheap already where groups are many"
+    others = [
+        other.removesuffix(".weight")
+        for other, parameter in graph_module.named_parameters(remove_duplicate=False)
+        if parameter is module.weight and other != f"{name}.weight"
+    ]
+    if others:
+        return f"its weight is shared with {', '.join(others)}; replacing one of them would break the tie"
+    if any(node.op == "get_attr" and str(node.target).startswith(f"{name}.") for node in graph_module.graph.nodes):
+        return "its parameters are also read directly by the graph, which a chain could not serve"
+    if any(len(node.all_input_nodes) != 1 for node in nodes):
+        return "it is not called with exactly one input"
+    return None
+
+
+def _raw_parameters(graph_module: fx.GraphModule) -> list[Skipped]:
+    """Weights that the graph reads without a layer, e.g. for a functional convolution."""
+    found = []
+    for node in graph_module.graph.nodes:
+        if node.op != "get_attr":
+            continue
+        path, _, name = str(node.target).rpartition(".")
+        value = getattr(graph_module.get_submodule(path), name)
+        if isinstance(value, nn.Parameter) and isinstance(value, Tensor) and value.dim() >= 2:
+            found.append(Skipped(str(node.target), "a parameter used by a function, not by a layer; make it a layer"))
+    return list(dict.fromkeys(found))

@@ -1,0 +1,162 @@
+"""Checks on example inputs that every chain computes its layer with the weight its factors stand for.
+
+In float64, so that what is compared is the algebra (stride, padding, dilation, bias, order of factors) and not
+rounding: the layer with the reconstructed weight and the chain must agree to 1e-9 of the largest output.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx, nn
+
+from tdfx.decompositions import registry
+from tdfx.decompositions.base import Decomposition
+from tdfx.errors import VerificationError
+from tdfx.passes.base import AnalysisPass, Layer, fork, layer_at, set_submodule
+from tdfx.passes.factorize import Replacement
+from tdfx.records.layer import Site
+
+CHAIN_RTOL = 1e-9
+FULL_RANK_RTOL = 1e-8
+
+
+@dataclass(frozen=True)
+class VerifyChains(AnalysisPass[dict[str, float]]):
+    """Largest relative difference between chain and layer by site name; run on the graph before it is rewritten.
+
+    Raises (from ``run``):
+        VerificationError: naming the layer, when a chain does not compute it.
+
+    Attributes:
+        inputs: one value per placeholder of the graph, in order.
+        replacements: chains by layer name.
+    """
+
+    inputs: tuple[Tensor, ...]
+    replacements: Mapping[str, Replacement]
+
+    def apply(self, graph_module: fx.GraphModule) -> dict[str, float]:
+        layers = {
+            name: reconstructed_layer(layer_at(graph_module, name), replacement)
+            for name, replacement in self.replacements.items()
+        }
+        chains = {name: copy.deepcopy(entry.chain).double() for name, entry in self.replacements.items()}
+        return compare_layers(graph_module, self.inputs, layers, chains)
+
+
+def reconstructed_layer(layer: Layer, replacement: Replacement) -> Layer:
+    """The dense layer, in float64, with the weight and bias that a chain's factors stand for."""
+    dense = copy.deepcopy(layer).double()
+    factors = [cast(Layer, factor) for factor in replacement.chain]
+    weights = [factor.weight.detach().double() for factor in factors]
+    dense.weight = nn.Parameter(registry()[replacement.method].reconstruct(weights))
+    bias = factors[-1].bias
+    dense.bias = None if bias is None else nn.Parameter(bias.detach().double())
+    return dense
+
+
+def with_reconstructed_weights(graph_module: fx.GraphModule, replacements: Mapping[str, Replacement]) -> fx.GraphModule:
+    """The graph with dense layers that compute what the chains do, in the layers' own dtypes."""
+    dense = fork(graph_module)
+    for name, replacement in replacements.items():
+        layer = layer_at(graph_module, name)
+        set_submodule(dense, name, reconstructed_layer(layer, replacement).to(layer.weight.dtype))
+    return dense
+
+
+@dataclass(frozen=True)
+class VerifyFullRank(AnalysisPass[dict[str, float]]):
+    """Largest relative difference between dense layer and full-rank chain, by ``site.method``.
+
+    Raises (from ``run``):
+        VerificationError: naming layer and method, when full rank is not the identity.
+
+    Attributes:
+        inputs: one value per placeholder of the graph, in order.
+        sites: the sites to check.
+        methods: the methods to check where they apply.
+        seed: of the decompositions.
+    """
+
+    inputs: tuple[Tensor, ...]
+    sites: tuple[Site, ...]
+    methods: tuple[Decomposition, ...]
+    seed: int = 0
+
+    def apply(self, graph_module: fx.GraphModule) -> dict[str, float]:
+        found = {}
+        for method in self.methods:
+            sites = [site for site in self.sites if method.unsupported(site) is None]
+            layers = {site.name: copy.deepcopy(layer_at(graph_module, site.name)).double() for site in sites}
+            chains = {site.name: self._full_rank_chain(method, site, layers[site.name]) for site in sites}
+            differences = compare_layers(graph_module, self.inputs, layers, chains, FULL_RANK_RTOL, method.name)
+            found.update({f"{name}.{method.name}": value for name, value in differences.items()})
+        return found
+
+    def _full_rank_chain(self, method: Decomposition, site: Site, layer: Layer) -> nn.Module:
+        exact = Site.of(replace(site.layer, dtype="float64"))
+        factors = method.decompose(layer.weight.detach(), method.full_rank(exact), seed=self.seed)
+        return method.build(exact, method.full_rank(exact), factors, layer.bias)
+
+
+def compare_layers(
+    graph_module: fx.GraphModule,
+    inputs: Iterable[Tensor],
+    layers: Mapping[str, nn.Module],
+    chains: Mapping[str, nn.Module],
+    rtol: float = CHAIN_RTOL,
+    method: str = "",
+) -> dict[str, float]:
+    """Runs the graph and compares float64 layers and chains on every input they meet.
+
+    Raises:
+        VerificationError: the difference exceeds ``rtol`` of the layer's largest output.
+    """
+    comparison = _Comparison(graph_module, layers, chains)
+    with torch.no_grad():
+        comparison.run(*inputs)
+    for name, (absolute, relative) in comparison.differences.items():
+        if not relative <= rtol:
+            what = f"{method} at full rank" if method else "its chain"
+            raise VerificationError(
+                f"layer {name}: {what} differs from the layer by {absolute:.3g} ({relative:.3g} of its largest "
+                f"output, allowed {rtol:.0e}); exclude the layer or report the model",
+                max_abs_diff=absolute,
+                max_rel_diff=relative,
+            )
+    return {name: relative for name, (_, relative) in comparison.differences.items()}
+
+
+class _Comparison(fx.Interpreter):
+    def __init__(
+        self, graph_module: fx.GraphModule, layers: Mapping[str, nn.Module], chains: Mapping[str, nn.Module]
+    ) -> None:
+        super().__init__(graph_module)
+        self.layers, self.chains = layers, chains
+        self.differences: dict[str, tuple[float, float]] = {}
+
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if target in self.chains:
+            value = (*args, *kwargs.values())[0].double()
+            found = relative_difference(self.layers[target](value), self.chains[target](value))
+            self.differences[target] = max(found, self.differences.get(target, (0.0, 0.0)), key=lambda pair: pair[1])
+        return super().call_module(target, args, kwargs)
+
+
+def relative_difference(reference: Tensor, other: Tensor) -> tuple[float, float]:
+    """max |a - b|, and that over max |a|; infinite if shapes or finiteness differ."""
+    if reference.shape != other.shape:
+        return math.inf, math.inf
+    if reference.numel() == 0:
+        return 0.0, 0.0
+    absolute = float((reference.double() - other.double()).abs().max())
+    largest = float(reference.double().abs().max())
+    if math.isnan(absolute):
+        return math.inf, math.inf
+    return absolute, absolute / largest if largest > 0 else (0.0 if absolute == 0 else math.inf)
