@@ -1,0 +1,39 @@
+"""tdfx: compresses trained PyTorch networks by tensor decomposition, to a budget, verified.
+
+``compress`` does all of it; ``capture``, ``profile``, ``plan``, ``apply`` and ``export_onnx`` are its stages.
+"""
+
+from tdfx.budget import Budget
+from tdfx.errors import (
+    BudgetError,
+    CaptureError,
+    ExportError,
+    InputError,
+    OptionError,
+    PassError,
+    PlanError,
+    TdfxError,
+    VerificationError,
+    WeightError,
+)
+from tdfx.onnx_export import ExportReport, export_onnx
+from tdfx.records.candidate import Candidate
+from tdfx.records.capture import Capture
+from tdfx.records.cost import Cost
+from tdfx.records.layer import LayerSpec, Site, Skipped
+from tdfx.records.plan import Plan
+from tdfx.records.profile import Profile
+from tdfx.records.result import Report, Result
+from tdfx.stages.apply import apply
+from tdfx.stages.capture import capture
+from tdfx.stages.compress import compress
+from tdfx.stages.plan import plan
+from tdfx.stages.profile import profile
+from tdfx.version import VERSION as __version__
+
+__all__ = [
+    "Budget", "BudgetError", "Candidate", "Capture", "CaptureError", "Cost", "ExportError", "ExportReport", "InputError",
+    "LayerSpec", "OptionError", "PassError", "Plan", "PlanError", "Profile", "Report", "Result", "Site", "Skipped",
+    "TdfxError", "VerificationError", "WeightError", "__version__", "apply", "capture", "compress", "export_onnx", "plan",
+    "profile",
+]  # fmt: skip

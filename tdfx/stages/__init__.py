@@ -1,0 +1,1 @@
+"""The stages of compression, one file each, in the order capture, profile, plan, apply; ``compress`` calls them."""

@@ -1,0 +1,250 @@
+"""Fourth stage: carries a plan out on a model, verified before it is returned."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tdfx.decompositions import registry
+from tdfx.decompositions.base import Factors
+from tdfx.errors import OptionError, PlanError, VerificationError
+from tdfx.inputs import Inputs, run
+from tdfx.metrics import error_scale
+from tdfx.passes.candidates import chain_cost, site_weight
+from tdfx.passes.count import network_cost
+from tdfx.passes.factorize import Factorize, Replacement
+from tdfx.passes.shape_prop import ShapeProp, bind
+from tdfx.passes.sites import FindSites
+from tdfx.passes.verify import VerifyChains, VerifyFullRank, relative_difference, with_reconstructed_weights
+from tdfx.records.candidate import Candidate, format_rank
+from tdfx.records.capture import Capture
+from tdfx.records.cost import Cost
+from tdfx.records.layer import Site
+from tdfx.records.plan import Plan
+from tdfx.records.result import Report, Result
+from tdfx.stages.capture import RTOL, capture
+from tdfx.stages.profile import cost_before, rest_cost
+from tdfx.targets import Target, find_target, layer_cost
+from tdfx.version import VERSION
+
+VERIFY = ("plan", "full")
+
+
+def apply(
+    model: nn.Module,
+    example_inputs: Inputs,
+    plan: Plan,
+    *,
+    example_kwargs: Mapping[str, Tensor] | None = None,
+    moments: None = None,
+    factors: Mapping[str, Tensor] | None = None,
+    verify: str = "plan",
+) -> Result:
+    """Decomposes the layers as a plan says and splices the factors into a copy of the model.
+
+    Costs and errors in the returned plan are computed anew from site, method and rank, so a plan edited by hand is fine.
+
+    Args:
+        model: the model the plan was made for.
+        example_inputs: as for ``capture``.
+        plan: what ``plan`` returned or ``Plan.from_json`` read.
+        example_kwargs: as for ``capture``.
+        moments: calibration moments; only for metrics that need data, which weight metrics do not.
+        factors: the state dict of a result of this plan; its tensors are then loaded instead of decomposing, and the
+            model's own weights may differ from those the plan was made for. Errors stay as the plan states them.
+        verify: "plan" checks every chain as planned; "full" also checks every method at full rank on every layer.
+
+    Returns:
+        The compressed network with its plan, costs and report.
+
+    Raises:
+        PlanError: the plan was made for another model, or names sites, methods or ranks that do not exist there.
+        OptionError: ``verify`` is not understood.
+        VerificationError: a chain does not compute its layer; names the layer.
+        InputError, CaptureError, WeightError: as for ``capture``.
+    """
+    if verify not in VERIFY:
+        raise OptionError(f"verify is {verify!r}; expected one of {', '.join(map(repr, VERIFY))}")
+    if moments is not None:
+        raise PlanError(f"the plan's metric is {plan.metric}, which takes no moments; leave moments out")
+    started = time.perf_counter()
+    captured = capture(model, example_inputs, example_kwargs, trainable=plan.trainable)
+    _check_fingerprints(plan, captured, weights=factors is None)
+    module = captured.module
+    inputs = bind(module, captured.args, captured.kwargs)
+    sites = _planned_sites(plan, FindSites(ShapeProp(inputs).run(module)).run(module)[0])
+    captured_s = time.perf_counter() - started
+
+    started = time.perf_counter()
+    target = find_target(plan.target)
+    candidates, replacements = [], {}
+    for candidate in plan.candidates:
+        site = sites[candidate.site]
+        if candidate.is_dense:
+            candidates.append(replace(candidate, cost=layer_cost(site.layer, target), error=0.0))
+            continue
+        updated, chain = _factorized(captured, site, candidate, plan, target, factors)
+        candidates.append(updated)
+        replacements[site.name] = Replacement(candidate.method, chain)
+    compressed = Factorize(replacements).run(module)
+    if factors is not None:
+        _load(compressed, factors)
+    factorized_s = time.perf_counter() - started
+
+    started = time.perf_counter()
+    verification: dict[str, Any] = {"capture": captured.max_rel_diff}
+    verification["chains"] = VerifyChains(inputs, replacements).run(module)
+    verification["network"] = _verify_network(captured, compressed, replacements)
+    if verify == "full":
+        methods = tuple(registry().values())
+        verification["full_rank"] = VerifyFullRank(inputs, tuple(sites.values()), methods, plan.seed).run(module)
+    verified_s = time.perf_counter() - started
+
+    carried_out = replace(
+        plan,
+        candidates=tuple(candidates),
+        before=cost_before(captured, target),
+        after=sum((c.cost for c in candidates), start=rest_cost(captured, tuple(sites.values()), target)),
+    )
+    after = network_cost(compressed, captured.args, captured.kwargs, target)
+    _check_cost(carried_out.after, after)
+    report = Report(
+        plan=carried_out,
+        before=carried_out.before,
+        after=after,
+        skipped=plan.skipped,
+        tier=captured.tier,
+        timings_s={"capture": captured_s, "factorize": factorized_s, "verify": verified_s},
+        verification=verification,
+        notes=(*captured.notes, *plan.notes),
+        versions={"tdfx": VERSION, "torch": torch.__version__, "python": platform.python_version()},
+    )
+    return Result(compressed, carried_out, carried_out.before, after, plan.skipped, report)
+
+
+def _check_fingerprints(plan: Plan, captured: Capture, *, weights: bool) -> None:
+    if plan.structure != captured.structure:
+        raise PlanError(
+            f"the plan was made for a model of another structure (fingerprint {plan.structure[:8]}, this model "
+            f"{captured.structure[:8]}): names, shapes or options of layers differ; make a plan for this model"
+        )
+    if weights and plan.weights != captured.weights:
+        raise PlanError(
+            f"the plan was made for other weights (fingerprint {plan.weights[:8]}, this model {captured.weights[:8]}); "
+            "load those weights, make a plan for these, or pass the factors of the result"
+        )
+
+
+def _planned_sites(plan: Plan, found: Sequence[Site]) -> dict[str, Site]:
+    """The model's sites that the plan covers, by name.
+
+    Raises:
+        PlanError: a site is covered by neither candidate nor skip, or does not exist; a method or rank does not fit.
+    """
+    sites = {site.name: site for site in found}
+    planned = {candidate.site for candidate in plan.candidates}
+    unknown = sorted(planned - set(sites))
+    if unknown:
+        raise PlanError(f"the plan names {', '.join(unknown)}; the model's compressible layers are {', '.join(sites)}")
+    uncovered = [name for name in sites if name not in planned | {entry.layer for entry in plan.skipped}]
+    if uncovered:
+        raise PlanError(
+            f"the plan says nothing of {', '.join(uncovered)}; add a candidate each, e.g. with method dense"
+        )
+    for candidate in plan.candidates:
+        _check_candidate(candidate, sites[candidate.site])
+    return {candidate.site: sites[candidate.site] for candidate in plan.candidates}
+
+
+def _check_candidate(candidate: Candidate, site: Site) -> None:
+    if candidate.is_dense:
+        return
+    method = registry().get(candidate.method)
+    if method is None:
+        raise PlanError(f"{site.name}: unknown method {candidate.method!r}; known are dense, {', '.join(registry())}")
+    refusal = method.unsupported(site)
+    if refusal is not None:
+        raise PlanError(f"{site.name}: {candidate.method} does not apply: {refusal}")
+    if not method.is_rank(site, candidate.rank):
+        raise PlanError(
+            f"{site.name}: {candidate.method} has no rank {format_rank(candidate.rank)} here; its full rank is "
+            f"{format_rank(method.full_rank(site))}"
+        )
+
+
+def _factorized(
+    captured: Capture,
+    site: Site,
+    candidate: Candidate,
+    plan: Plan,
+    target: Target | None,
+    factors: Mapping[str, Tensor] | None,
+) -> tuple[Candidate, nn.Sequential]:
+    """The candidate with its cost and error as they are, and its chain."""
+    method = registry()[candidate.method]
+    cost = chain_cost(method, site, candidate.rank, target)
+    layer = captured.module.get_submodule(site.name)
+    if factors is not None:
+        stored = _stored_factors(method.chain(site, candidate.rank), f"{site.name}.{candidate.method}", factors)
+        return replace(candidate, cost=cost), method.build(site, candidate.rank, stored, layer.bias)  # type: ignore[arg-type]
+    weight = site_weight(captured.module, site)
+    found = method.decompose(weight, candidate.rank, seed=plan.seed)
+    norm = float(torch.linalg.vector_norm(weight - method.reconstruct(found)))
+    error = norm / error_scale(plan.metric, weight)
+    chain = method.build(site, candidate.rank, found, layer.bias)  # type: ignore[arg-type]
+    return replace(candidate, cost=cost, error=error, metric=plan.metric), chain
+
+
+def _stored_factors(chain: Sequence[Any], prefix: str, factors: Mapping[str, Tensor]) -> Factors:
+    stored = []
+    for spec in chain:
+        name = f"{prefix}.{spec.name}.weight"
+        tensor = factors.get(name)
+        if tensor is None or tuple(tensor.shape) != spec.weight_shape:
+            found = "no such tensor" if tensor is None else f"shape {tuple(tensor.shape)}"
+            raise PlanError(
+                f"factors: {name}: found {found}, expected shape {spec.weight_shape}; are they of this plan?"
+            )
+        stored.append(tensor)
+    return tuple(stored)
+
+
+def _load(module: nn.Module, factors: Mapping[str, Tensor]) -> None:
+    try:
+        module.load_state_dict(dict(factors))
+    except RuntimeError as error:
+        raise PlanError(f"factors do not fit the plan's network: {error}; pass the state dict of its result") from error
+
+
+def _verify_network(captured: Capture, compressed: nn.Module, replacements: Mapping[str, Replacement]) -> float:
+    """Largest relative output difference between the result and the graph with reconstructed weights."""
+    reference = with_reconstructed_weights(captured.module, replacements)
+    worst = 0.0
+    for wanted, found in zip(
+        run(reference, captured.args, captured.kwargs), run(compressed, captured.args, captured.kwargs), strict=True
+    ):
+        absolute, relative = relative_difference(wanted, found)
+        if not relative <= 10 * RTOL.get(wanted.dtype, 0.0):
+            raise VerificationError(
+                f"the rewritten network differs from the one with reconstructed weights by {absolute:.3g} "
+                f"({relative:.3g} of the largest output)",
+                max_abs_diff=absolute,
+                max_rel_diff=relative,
+            )
+        worst = max(worst, relative)
+    return worst
+
+
+def _check_cost(planned: Cost, counted: Cost) -> None:
+    """What was planned must be what the result, counted as a network, costs."""
+    for name in ("params", "macs", "weight_bytes"):
+        if getattr(planned, name) != getattr(counted, name):
+            raise VerificationError(
+                f"the result has {getattr(counted, name)} {name}, the plan says {getattr(planned, name)}; report the model"
+            )

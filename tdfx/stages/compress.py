@@ -1,0 +1,103 @@
+"""The whole way in one call."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from tdfx.budget import Budget
+from tdfx.errors import BudgetError
+from tdfx.inputs import Inputs
+from tdfx.progress import Report as ProgressReport
+from tdfx.records.result import Result
+from tdfx.stages.apply import apply
+from tdfx.stages.capture import capture
+from tdfx.stages.plan import plan
+from tdfx.stages.profile import profile
+
+
+def compress(
+    model: nn.Module,
+    example_inputs: Inputs,
+    example_kwargs: Mapping[str, Tensor] | None = None,
+    *,
+    budget: str | Budget | None = None,
+    methods: Sequence[str] | None = None,
+    include: Sequence[str] | str | None = None,
+    exclude: Sequence[str] | str | None = None,
+    overrides: Mapping[str, Mapping[str, Any]] | None = None,
+    metric: str | None = None,
+    planner: str = "knapsack",
+    target: str | None = "ort-cpu",
+    rank_multiple: int | None = None,
+    trainable: bool = False,
+    verify: str = "plan",
+    seed: int = 0,
+    cache_dir: str | Path | None = None,
+    progress: bool | ProgressReport | None = None,
+) -> Result:
+    """Compresses a model to a budget: captures, profiles, plans and applies.
+
+    Args:
+        model: a trained module; it is left untouched.
+        example_inputs: a tensor or tuple of tensors that it takes; costs are those of these shapes.
+        example_kwargs: keyword arguments, tensors.
+        budget: "flops=50%", "macs=1.2G", "params=2M", "bytes=8MB", several joined by commas, or a ``tdfx.Budget``;
+            shares are of the whole model.
+        methods: names of decompositions, None for all.
+        include: globs over qualified layer names; only these are compressed.
+        exclude: globs; these are not.
+        overrides: ``{glob: {"methods": [...], "rank": r, "skip": True}}``.
+        metric: "weight:absolute", "weight:relative" (None) or "weight:scaled".
+        planner: name of a planner.
+        target: runtime the result is meant for; chains estimated slower than dense there are not offered. None: no estimate.
+        rank_multiple: None for the target's grid, 1 for free ranks.
+        trainable: keep BatchNorm and Dropout for fine-tuning.
+        verify: "plan", or "full" to check every method at full rank too.
+        seed: of the decompositions; same inputs and seed give the same result on the same machine.
+        cache_dir: folder that keeps errors between runs.
+        progress: a function, True, False, or None for a bar on terminals only.
+
+    Returns:
+        Module, plan, costs before and after, skips and report.
+
+    Raises:
+        BudgetError: no budget, one not understood, or not reachable.
+        InputError, OptionError, CaptureError, WeightError, VerificationError: see the stages.
+
+    Warns:
+        UserWarning: the budget was reachable only with choices that are otherwise not offered.
+    """
+    if budget is None:
+        raise BudgetError('no budget given; expected one such as budget="flops=50%" or budget="params=2M,flops=1.2G"')
+    parsed = budget if isinstance(budget, Budget) else Budget.parse(budget)
+    started = time.perf_counter()
+    captured = capture(model, example_inputs, example_kwargs, trainable=trainable)
+    profiled = profile(
+        captured,
+        methods=methods,
+        include=include,
+        exclude=exclude,
+        overrides=overrides,
+        metric=metric,
+        target=target,
+        rank_multiple=rank_multiple,
+        seed=seed,
+        cache_dir=cache_dir,
+        progress=progress,
+    )
+    profiled_s = time.perf_counter() - started
+    started = time.perf_counter()
+    chosen = plan(profiled, parsed, planner=planner)
+    planned_s = time.perf_counter() - started
+    for note in chosen.notes:
+        warnings.warn(note, stacklevel=2)
+    result = apply(model, example_inputs, chosen, example_kwargs=example_kwargs, verify=verify)
+    timings = {"profile": profiled_s, "plan": planned_s, **result.report.timings_s}
+    return replace(result, report=replace(result.report, timings_s=timings))

@@ -1,0 +1,112 @@
+"""Second stage: the sites of a captured model, their candidates, costs and errors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tdfx.cache import ListCache
+from tdfx.errors import OptionError
+from tdfx.metrics import find_metric
+from tdfx.passes.candidates import FindCandidates
+from tdfx.passes.count import total_cost
+from tdfx.passes.shape_prop import ShapeProp, bind
+from tdfx.passes.sites import FindSites
+from tdfx.progress import Report, reporter
+from tdfx.records.capture import Capture
+from tdfx.records.cost import Cost
+from tdfx.records.layer import Site
+from tdfx.records.profile import Profile
+from tdfx.selection import Selection
+from tdfx.targets import Target, find_target, layer_cost
+
+
+def profile(
+    captured: Capture,
+    *,
+    methods: Sequence[str] | None = None,
+    include: Sequence[str] | str | None = None,
+    exclude: Sequence[str] | str | None = None,
+    overrides: Mapping[str, Mapping[str, Any]] | None = None,
+    metric: str | None = None,
+    target: str | None = "ort-cpu",
+    rank_multiple: int | None = None,
+    seed: int = 0,
+    cache_dir: str | Path | None = None,
+    progress: bool | Report | None = None,
+) -> Profile:
+    """Finds what can be compressed and what each choice costs and loses; the slow stage.
+
+    Args:
+        captured: what ``capture`` returned.
+        methods: names of decompositions, None for all.
+        include: globs over qualified layer names; only these are compressed.
+        exclude: globs; these are not.
+        overrides: ``{glob: {"methods": [...], "rank": r, "skip": True}}``; a rank is then the only choice there.
+        metric: of the errors, "weight:absolute", "weight:relative" (None) or "weight:scaled".
+        target: runtime whose latency is estimated, so that slower chains are not offered; None for no estimate.
+        rank_multiple: ranks offered are multiples of this; None for the target's grid (16 for "ort-cpu").
+        seed: of the decompositions.
+        cache_dir: folder that keeps errors between runs; an interrupted run goes on from it.
+        progress: a function, True, False, or None for a bar on terminals only.
+
+    Returns:
+        Sites, candidates, costs and skips; no weights.
+
+    Raises:
+        OptionError: an option is not understood or a glob matches no layer.
+        WeightError: a site's weight holds NaN or Inf.
+    """
+    runtime = find_target(target)
+    multiple = _rank_multiple(rank_multiple, runtime)
+    selection = Selection.of(methods, include, exclude, overrides)
+    module = captured.module
+    sites, skipped = FindSites(ShapeProp(bind(module, captured.args, captured.kwargs)).run(module)).run(module)
+    selection.check([*(site.name for site in sites), *(entry.layer for entry in skipped)])
+    unwanted = [entry for site in sites if (entry := selection.reason_to_skip(site)) is not None]
+    wanted = tuple(site for site in sites if site.name not in {entry.layer for entry in unwanted})
+    with reporter(progress) as report:
+        candidates, hopeless = FindCandidates(
+            wanted, selection, find_metric(metric), runtime, multiple, seed, ListCache(cache_dir), report
+        ).run(module)
+    offered = {candidate.site for candidate in candidates}
+    kept = tuple(site for site in wanted if site.name in offered)
+    return Profile(
+        sites=kept,
+        candidates=candidates,
+        skipped=(*captured.skipped, *skipped, *unwanted, *hopeless),
+        before=cost_before(captured, runtime),
+        rest=rest_cost(captured, kept, runtime),
+        metric=find_metric(metric),
+        target=target,
+        rank_multiple=multiple,
+        trainable=captured.trainable,
+        seed=seed,
+        latency_source=None if runtime is None else "estimated",
+        structure=captured.structure,
+        weights=captured.weights,
+    )
+
+
+def cost_before(captured: Capture, target: Target | None) -> Cost:
+    """Cost of the whole model as given."""
+    return total_cost(captured.workloads, captured.original, target)
+
+
+def rest_cost(captured: Capture, sites: Sequence[Site], target: Target | None) -> Cost:
+    """Cost of the normalized model without its sites."""
+    whole = total_cost(captured.workloads, captured.module, target)
+    for site in sites:
+        whole = whole - layer_cost(site.layer, target)
+    return whole
+
+
+def _rank_multiple(rank_multiple: int | None, target: Target | None) -> int:
+    if rank_multiple is None:
+        return 1 if target is None else target.rank_grid
+    if not isinstance(rank_multiple, int) or isinstance(rank_multiple, bool) or rank_multiple < 1:
+        raise OptionError(
+            f"rank_multiple is {rank_multiple!r}; expected a positive integer, or None for the target's grid"
+        )
+    return rank_multiple
