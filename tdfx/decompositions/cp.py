@@ -27,6 +27,7 @@ from tdfx.records.layer import LayerSpec, Rank, Site
 
 SWEEPS = 80
 RIDGE = 1e-5  # of the mean diagonal of a normal equation
+LAST_RIDGE = 1e-10  # of the last, exact one
 STEP, STEP_GROWTH, STEP_MOST = 0.5, 1.05, 0.95  # extrapolation
 PATIENCE, LEAST_GAIN = 10, 1e-3  # stop when the error falls by less than this share in so many sweeps
 MEMORY = 2**31  # bytes of the largest intermediate, kernel x channels x rank in float32
@@ -119,26 +120,29 @@ def alternate(tensor: Tensor, rank: int, seed: int) -> Triple:
             break
     a, b, _ = best
     # The kernel factor is solved once more, in float64 against the tensor itself.
-    c = _solve((a.T @ a) * (b.T @ b), torch.einsum("oip,or,ir->pr", tensor, a, b), 1e-12)
+    c = _solve((a.T @ a) * (b.T @ b), ((tensor.permute(2, 0, 1) @ b) * a).sum(1), LAST_RIDGE)
     return a * scale, b, c
 
 
 def _sweep(slices: Tensor, factors: Triple) -> tuple[Triple, float]:
-    """One update of A, C and B in turn and the squared error after it, for a tensor of norm 1."""
+    """One update of A, C and B in turn and the squared error after it, for a tensor of norm 1.
+
+    Two large products a sweep: A and C share the one with B. Sums of elementwise products beat einsum by far here.
+    """
     _, b, c = factors
-    with_b = slices @ b.float()
-    a = _solve((b.T @ b) * (c.T @ c), torch.einsum("por,pr->or", with_b, c.float()).double(), RIDGE)
-    c = _solve((b.T @ b) * (a.T @ a), torch.einsum("por,or->pr", with_b, a.float()).double(), RIDGE)
-    with_a = slices.transpose(1, 2) @ a.float()
-    gram, rhs = (a.T @ a) * (c.T @ c), torch.einsum("pir,pr->ir", with_a, c.float()).double()
-    b = _solve(gram, rhs, RIDGE)
+    with_b = slices @ b.float()  # (kernel, out, R)
+    a = _solve((b.T @ b) * (c.T @ c), (with_b * c.float().unsqueeze(1)).sum(0))
+    c = _solve((b.T @ b) * (a.T @ a), (with_b * a.float()).sum(1))
+    with_a = slices.transpose(1, 2) @ a.float()  # (kernel, in, R)
+    gram, rhs = (a.T @ a) * (c.T @ c), (with_a * c.float().unsqueeze(1)).sum(0).double()
+    b = _solve(gram, rhs)
     return (a, b, c), float(1 - 2 * (b * rhs).sum() + (b * (b @ gram)).sum())
 
 
-def _solve(gram: Tensor, rhs: Tensor, ridge: float) -> Tensor:
-    """X of X (G + ridge mean(diag G) I) = rhs."""
+def _solve(gram: Tensor, rhs: Tensor, ridge: float = RIDGE) -> Tensor:
+    """X of X (G + ridge mean(diag G) I) = rhs, in float64; the ridge makes the matrix safely positive definite."""
     damped = gram + ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
-    solution: Tensor = torch.linalg.solve(damped, rhs.T)
+    solution = torch.cholesky_solve(rhs.double().T, torch.linalg.cholesky(damped))
     return solution.T
 
 

@@ -1,0 +1,407 @@
+"""ONNX export behind a gate: no file gets its name before ONNX Runtime has computed the network's outputs from it."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import io
+import logging
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from tdfx.errors import ExportError, InputError, OptionError, VerificationError
+from tdfx.files import replacing
+from tdfx.inputs import Inputs, as_args, as_kwargs
+
+LEAST_OPSET = 18  # torch's exporter writes no older one
+MAX_WEIGHT_BYTES = 2 * 10**9  # protobuf ends at 2^31 bytes; the rest is room for the graph
+LEAST_OUTPUT = 1e-6  # below this magnitude, agreement says nothing
+TINY = 1e-300  # keeps a difference from an all-zero output a number
+OTHER_EXAMPLE = "use trained weights or other example inputs"
+RTOL = {torch.float32: 1e-4, torch.float64: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+_Example = inspect.BoundArguments  # example inputs bound to forward; .args and .kwargs hold tensors only
+
+
+@dataclass(frozen=True)
+class OutputParity:
+    """How far one output of the file is from the network's.
+
+    Attributes:
+        name: the output's name in the file.
+        max_abs_diff: largest absolute difference, in output units.
+        max_rel_diff: that difference divided by the largest magnitude of the network's output.
+    """
+
+    name: str
+    max_abs_diff: float
+    max_rel_diff: float
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written, and how closely ONNX Runtime reproduces the network from it.
+
+    Attributes:
+        path: the file, as given.
+        opset: version of the ONNX operator set, read from the file.
+        max_abs_diff: largest absolute difference over all outputs and batch sizes, in output units.
+        max_rel_diff: largest difference of an output divided by that output's largest magnitude.
+        rtol: the relative difference that was allowed.
+        batch_sizes: batch sizes (dimension 0 of the inputs) that were compared.
+        file_bytes: size on disk, external weights included (1 MB = 10^6 bytes).
+        external_data: whether the weights lie in a second file, ``<path>.data`` (from 2 GB on).
+        outputs: one record per output, each the worst over the batch sizes.
+    """
+
+    path: str
+    opset: int
+    max_abs_diff: float
+    max_rel_diff: float
+    rtol: float
+    batch_sizes: tuple[int, ...]
+    file_bytes: int
+    external_data: bool
+    outputs: tuple[OutputParity, ...]
+
+
+def export_onnx(
+    module: nn.Module,
+    path: str | os.PathLike[str],
+    example_inputs: Inputs,
+    example_kwargs: Mapping[str, Tensor] | None = None,
+    *,
+    dynamic: str | None = "batch",
+    rtol: float | None = None,
+    opset: int | None = None,
+) -> ExportReport:
+    """Write a network as an ONNX file that is known to compute the same.
+
+    The network is exported in eval mode (the caller's module keeps its modes), checked by ``onnx.checker`` and run
+    by ONNX Runtime on the CPU at the example's batch size and, for a dynamic batch, at a second one. Only then does
+    the file get its name; on any error an older file stays as it was. The file holds no source paths.
+
+    Args:
+        module: the network.
+        path: the ONNX file to write; missing folders are made.
+        example_inputs: a tensor or a tuple of tensors, each (batch, ...).
+        example_kwargs: tensors that ``forward`` takes by keyword.
+        dynamic: "batch" names dimension 0 of every input "batch" and leaves its size open; None fixes all shapes.
+        rtol: largest difference of an output, relative to its largest magnitude. None: 1e-4 for float32 and float64,
+            1e-2 for float16, 5e-2 for bfloat16 networks. Integer and boolean outputs must be equal.
+        opset: version of the ONNX operator set, 18 or later; None leaves it to torch.
+
+    Returns:
+        What was written, and how far its outputs are from the network's.
+
+    Raises:
+        OptionError: an option has a value that is not understood.
+        InputError: the network does not run on the inputs, or the path cannot be written.
+        ExportError: torch cannot export the network, or ONNX Runtime cannot run the file.
+        VerificationError: ONNX Runtime's outputs differ from the network's, or are too small to tell.
+    """
+    _check_options(dynamic, rtol, opset)
+    network = _eval_copy(module)
+    example = _bind(network, example_inputs, example_kwargs)
+    batch = _batch(example, dynamic)
+    # torch.export takes a batch of 1 for a constant, hence traces 2; the second run must not repeat the traced size.
+    traced = batch if dynamic is None else max(batch, 2)
+    batch_sizes = (batch,) if dynamic is None else (batch, traced + 1)
+    dtypes = {tensor.dtype for tensor in (*network.parameters(), *_tensors(example)) if tensor.dtype in RTOL}
+    rtol = max((RTOL[dtype] for dtype in dtypes), default=RTOL[torch.float32]) if rtol is None else rtol
+    hint = (
+        "export the network in float32 (module.float(), inputs too): ONNX Runtime's CPU lacks other float types"
+        if dtypes - {torch.float32}
+        else "ask for another opset or write that operation differently"
+    )
+    wanted = {size: _outputs(network, _resized(example, size), size, batch) for size in batch_sizes}
+    with replacing(path) as staged:
+        program = _export(network, _resized(example, traced), dynamic, opset)
+        external = _save(program, staged)
+        del program
+        with _failing_as("onnx.checker refuses the exported file", hint):
+            onnx.checker.check_model(str(staged), full_check=True)
+        written = _check_file(staged, dynamic, opset)
+        with _failing_as("ONNX Runtime cannot load the exported file", hint):
+            session = ort.InferenceSession(str(staged), _session_options(), providers=["CPUExecutionProvider"])
+        runs = [_compare(session, _resized(example, size), wanted[size], rtol, hint) for size in batch_sizes]
+        del session  # it holds the file open, which some systems do not let be renamed
+        file_bytes = sum(part.stat().st_size for part in staged.parent.iterdir())
+    outputs = tuple(
+        OutputParity(same[0].name, max(run.max_abs_diff for run in same), max(run.max_rel_diff for run in same))
+        for same in zip(*runs, strict=True)
+    )
+    return ExportReport(
+        path=os.fsdecode(path),
+        opset=written,
+        max_abs_diff=max(output.max_abs_diff for output in outputs),
+        max_rel_diff=max(output.max_rel_diff for output in outputs),
+        rtol=rtol,
+        batch_sizes=batch_sizes,
+        file_bytes=file_bytes,
+        external_data=external,
+        outputs=outputs,
+    )
+
+
+# --- before the export ---
+
+
+def _check_options(dynamic: object, rtol: object, opset: object) -> None:
+    if dynamic not in ("batch", None):
+        raise OptionError(f"dynamic is {dynamic!r}, expected 'batch' (any batch size) or None (shapes as given)")
+    if opset is not None and (type(opset) is not int or opset < LEAST_OPSET):
+        raise OptionError(f"opset is {opset!r}, expected an integer of {LEAST_OPSET} or more, or None")
+    if rtol is not None and not (isinstance(rtol, (int, float)) and 0 <= rtol < 1):
+        raise OptionError(f"rtol is {rtol!r}, expected a number from 0 to below 1, or None")
+
+
+def _eval_copy(module: nn.Module) -> nn.Module:
+    """A copy in eval mode that shares the parameters; tracing may write to everything else."""
+    if not isinstance(module, nn.Module):
+        raise InputError(f"module has type {type(module).__name__}, expected a torch.nn.Module")
+    with _failing_as("the network cannot be copied", "remove what copy.deepcopy refuses"):
+        return copy.deepcopy(module, {id(parameter): parameter for parameter in module.parameters()}).eval()
+
+
+def _bind(network: nn.Module, example_inputs: object, example_kwargs: object) -> _Example:
+    """Bind the inputs to forward, in its order."""
+    args, kwargs = as_args(example_inputs), as_kwargs(example_kwargs)
+    try:
+        return inspect.signature(network.forward).bind(*args, **kwargs)
+    except TypeError as error:
+        raise InputError(f"the example inputs do not fit the network's forward: {error}") from error
+
+
+def _tensors(example: _Example) -> list[Tensor]:
+    return [*example.args, *example.kwargs.values()]
+
+
+def _batch(example: _Example, dynamic: str | None) -> int:
+    sizes = [tensor.shape[0] for tensor in _tensors(example) if tensor.dim()]
+    if dynamic is not None and (len(set(sizes)) != 1 or 0 in sizes):
+        raise InputError(
+            f"dimension 0 of the example inputs is {sizes}, expected one batch size of at least 1 for all of them; "
+            "pass such inputs, or dynamic=None for fixed shapes"
+        )
+    return sizes[0] if sizes else 1
+
+
+def _resized(example: _Example, batch: int) -> _Example:
+    """Copies of the inputs with ``batch`` rows each; further rows repeat the first ones.
+
+    Repeats of floating-point rows shrink by 1/64 each time, to tell rows apart without leaving their range.
+    Copies, since of one tensor given as two inputs the exporter makes one.
+    """
+
+    def rows(tensor: Tensor) -> Tensor:
+        if not tensor.dim() or tensor.shape[0] == batch:
+            return tensor.detach().clone()
+        index = torch.arange(batch, device=tensor.device)
+        repeated = tensor.detach()[index % tensor.shape[0]]
+        if not tensor.is_floating_point():
+            return repeated
+        scale = 1 - (index // tensor.shape[0]) / 64
+        return repeated * scale.to(tensor.dtype).reshape(-1, *[1] * (tensor.dim() - 1))
+
+    kwargs = {name: rows(tensor) for name, tensor in example.kwargs.items()}
+    return example.signature.bind(*map(rows, example.args), **kwargs)
+
+
+def _outputs(network: nn.Module, example: _Example, size: int, batch: int) -> list[Tensor]:
+    """The network's outputs, flattened as the exporter flattens them."""
+    try:
+        with torch.no_grad(), _plain_attention(), _quiet():
+            outputs = network(*example.args, **example.kwargs)
+    except Exception as error:
+        fix = "pass other example inputs" if size == batch else "pass dynamic=None for a fixed batch size"
+        raise InputError(f"the network does not run on a batch of {size}: {_reason(error)}; {fix}") from error
+    leaves = [leaf for leaf in pytree.tree_leaves(outputs) if leaf is not None]  # None: the exporter drops it
+    for index, leaf in enumerate(leaves):
+        if not isinstance(leaf, Tensor):
+            raise ExportError(f"output {index} of the network has type {type(leaf).__name__}; return tensors only")
+    if not leaves:
+        raise ExportError("the network returns no tensor; an ONNX file needs at least one output")
+    return leaves
+
+
+# --- the export ---
+
+
+def _export(network: nn.Module, example: _Example, dynamic: str | None, opset: int | None) -> torch.onnx.ONNXProgram:
+    fix = "see torch.export's documentation on what forward may do"
+    shapes: dict[str, Any] | None = None
+    if dynamic is not None:
+        fix += ", or pass dynamic=None for a fixed batch size"
+        for name, parameter in example.signature.parameters.items():
+            if parameter.kind is parameter.VAR_KEYWORD and name in example.arguments:
+                found = ", ".join(example.arguments[name])
+                raise ExportError(
+                    f"forward takes {found} through **{name}, where torch.export cannot name the batch dimension; "
+                    "spell these inputs out in forward, or pass dynamic=None for a fixed batch size"
+                )
+        axis = {0: torch.export.Dim("batch")}
+        shapes = pytree.tree_map_only(Tensor, lambda tensor: axis if tensor.dim() else None, dict(example.arguments))
+    with _failing_as("torch.onnx.export cannot export the network", fix), _plain_attention(), _quiet():
+        program = torch.onnx.export(
+            network,
+            example.args,
+            kwargs=example.kwargs,
+            dynamo=True,
+            verbose=False,
+            opset_version=opset,
+            dynamic_shapes=shapes,
+        )
+    assert program is not None  # only the older exporter gives None
+    return program
+
+
+def _save(program: torch.onnx.ONNXProgram, path: Path) -> bool:
+    """Write the model without its metadata; returns whether the weights needed a file of their own."""
+    weights = [value.const_value for value in program.model.graph.initializers.values()]
+    external = sum(weight.nbytes for weight in weights if weight is not None) >= MAX_WEIGHT_BYTES
+    with _failing_as("the ONNX file cannot be written", "make room, or choose another path"), _quiet():
+        model = program.model_proto
+        _strip(model)
+        onnx.save_model(model, path, save_as_external_data=external, location=f"{path.name}.data")
+    return external
+
+
+def _strip(message: Any) -> None:
+    """Remove metadata and doc strings at every depth: they hold stack traces with source paths."""
+    for field, value in message.ListFields():
+        if field.name in ("metadata_props", "doc_string"):
+            message.ClearField(field.name)
+        elif field.message_type is not None:
+            for part in [value] if hasattr(value, "ListFields") else value:
+                _strip(part)
+
+
+def _check_file(path: Path, dynamic: str | None, opset: int | None) -> int:
+    """Read back what the exporter may have decided otherwise; returns the opset."""
+    model = onnx.load(path, load_external_data=False)
+    written = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
+    if opset not in (None, written):
+        raise ExportError(f"opset {opset} was asked for, but torch wrote {written}; ask for {written} or None")
+    for value in model.graph.input if dynamic is not None else ():
+        sizes = value.type.tensor_type.shape.dim
+        if sizes and sizes[0].dim_param != "batch":
+            found = sizes[0].dim_param or sizes[0].dim_value
+            raise ExportError(
+                f"the network computes with a batch of {found} only (input {value.name!r}); take the batch size from "
+                "the input's shape in forward, or pass dynamic=None for a fixed batch size"
+            )
+    return int(written)
+
+
+# --- the comparison ---
+
+
+def _session_options() -> Any:
+    options = ort.SessionOptions()
+    options.log_severity_level = 4  # errors come as exceptions
+    options.intra_op_num_threads = torch.get_num_threads()
+    return options
+
+
+def _compare(session: Any, example: _Example, wanted: list[Tensor], rtol: float, hint: str) -> list[OutputParity]:
+    """Run the file on the inputs and compare each output with the network's."""
+    with _failing_as("ONNX Runtime cannot run the exported file", hint):
+        arrays = [tensor.cpu().numpy() for tensor in _tensors(example)]
+        names = [value.name for value in session.get_inputs()]
+        found = session.run(None, dict(zip(names, arrays, strict=True)))
+    names = [value.name for value in session.get_outputs()]
+    if len(names) != len(wanted):
+        raise VerificationError(f"the ONNX file has {len(names)} outputs, the network {len(wanted)}")
+    return [_parity(*output, rtol) for output in zip(names, wanted, found, strict=True)]
+
+
+def _parity(name: str, wanted: Tensor, found: Any, rtol: float) -> OutputParity:
+    a, b = wanted.detach().cpu(), torch.tensor(np.asarray(found))
+    if (a.shape, a.dtype) != (b.shape, b.dtype):
+        raise VerificationError(
+            f"output {name!r} is {b.dtype} {tuple(b.shape)} in ONNX Runtime, {a.dtype} {tuple(a.shape)} in the network"
+        )
+    for where, values in (("the network", a), ("ONNX Runtime", b)):
+        if not values.isfinite().all():
+            raise VerificationError(f"output {name!r} holds NaN or Inf in {where}; {OTHER_EXAMPLE}")
+    exact = not a.is_floating_point()
+    scale, difference = _largest(a), _largest(a.double() - b.double())
+    relative = difference / max(scale, TINY)
+    amounts = {"max_abs_diff": difference, "max_rel_diff": relative}
+    if not exact and scale < LEAST_OUTPUT:
+        raise VerificationError(
+            f"output {name!r} is at most {scale:.3g} in magnitude, below {LEAST_OUTPUT:g} and too small to compare; "
+            + OTHER_EXAMPLE,
+            **amounts,
+        )
+    if not torch.equal(a, b) if exact else relative > rtol:
+        raise VerificationError(
+            f"output {name!r}, {tuple(a.shape)}, differs in ONNX Runtime by {difference:.3g}, {relative:.3g} of its "
+            f"largest magnitude (allowed: {0 if exact else rtol:g}); no file was written",
+            **amounts,
+        )
+    return OutputParity(name, difference, relative)
+
+
+def _largest(values: Tensor) -> float:
+    return float(values.double().abs().max()) if values.numel() else 0.0
+
+
+# --- around the calls into torch and ONNX Runtime ---
+
+
+@contextmanager
+def _failing_as(what: str, fix: str) -> Iterator[None]:
+    """Turn any failure inside into an ExportError of one line."""
+    try:
+        yield
+    except Exception as error:
+        raise ExportError(f"{what}: {_reason(error)}; {fix}") from error
+
+
+def _reason(error: BaseException) -> str:
+    """Type and first line of the innermost cause: the exporter wraps it in advice and tracebacks."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).strip().splitlines()
+    if not lines:
+        return type(error).__name__
+    line = lines[0] if len(lines[0]) <= 400 else f"{lines[0][:150]} ... {lines[0][-250:]}"
+    return f"{type(error).__name__}: {line}"
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence prints, warnings and logs; what goes wrong comes as an exception."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+
+
+@contextmanager
+def _plain_attention() -> Iterator[None]:
+    """Turn off torch's fast path for transformer layers, whose outputs at padded positions no export reproduces."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
