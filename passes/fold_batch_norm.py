@@ -18,6 +18,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 from tdfx.passes.base import AnalysisPass, Layer, RewritePass, layer_at, set_submodule
 from tdfx.passes.capture import has_stock_forward
 from tdfx.passes.shape_prop import TensorMeta
+from tdfx.passes.sharing import sharers
 from tdfx.records.layer import Skipped
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
@@ -79,8 +80,9 @@ def obstacle(graph_module: fx.GraphModule, node: fx.Node, metas: dict[str, Tenso
         return f"the output of {source.target} has other users"
     if Counter(n.target for n in graph_module.graph.nodes if n.op == "call_module")[source.target] > 1:
         return f"{source.target} is called more than once"
-    if _is_shared(graph_module, str(source.target)):
-        return f"the weight of {source.target} is used elsewhere too"
+    others = sharers(graph_module, str(source.target))
+    if others:
+        return f"{source.target} shares parameters with {', '.join(others)}"
     if isinstance(layer, nn.Linear) and len(metas[source.name].shape) != 2:
         return f"it normalises dimension 1 of the output of {source.target}, which is not its features"
     if isinstance(layer, nn.modules.conv._ConvTransposeNd) and layer.groups > 1:
@@ -93,17 +95,6 @@ def _batch_norm(graph_module: fx.GraphModule, node: fx.Node) -> BatchNorm | None
         return None
     module = graph_module.get_submodule(str(node.target))
     return module if type(module) in BATCH_NORMS else None  # type: ignore[return-value]
-
-
-def _is_shared(graph_module: fx.GraphModule, target: str) -> bool:
-    weight = layer_at(graph_module, target).weight
-    holders = [
-        name
-        for name, parameter in graph_module.named_parameters(remove_duplicate=False)
-        if parameter is weight and name != f"{target}.weight"
-    ]
-    reads = [n for n in graph_module.graph.nodes if n.op == "get_attr" and str(n.target).startswith(f"{target}.")]
-    return bool(holders or reads)
 
 
 def _fold(graph_module: fx.GraphModule, source: fx.Node, node: fx.Node) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor, fx, nn
 from tdfx.passes.base import AnalysisPass, Layer, layer_at
 from tdfx.passes.capture import has_stock_forward
 from tdfx.passes.shape_prop import TensorMeta
+from tdfx.passes.sharing import sharers
 from tdfx.records.layer import ITEMSIZE, Call, Kind, LayerSpec, Site, Skipped
 
 KINDS: dict[type[nn.Module], Kind] = {
@@ -63,7 +64,7 @@ def layer_spec(name: str, module: Layer, calls: tuple[Call, ...]) -> LayerSpec:
         out_channels=module.out_channels,
         kernel_size=tuple(module.kernel_size),
         stride=tuple(module.stride),
-        padding=module.padding if isinstance(module.padding, str) else tuple(module.padding),  # type: ignore[arg-type]
+        padding=module.padding if isinstance(module.padding, str) else tuple(module.padding),
         padding_mode=module.padding_mode,
         dilation=tuple(module.dilation),
         groups=module.groups,
@@ -92,15 +93,9 @@ def _obstacle(graph_module: fx.GraphModule, name: str, nodes: list[fx.Node]) -> 
         return f"its weight is {dtype}; expected one of {', '.join(ITEMSIZE)}"
     if not isinstance(module, nn.Linear) and module.groups > 1:
         return f"a convolution in {module.groups} groups is not decomposed; it is cheap already where groups are many"
-    others = [
-        other.removesuffix(".weight")
-        for other, parameter in graph_module.named_parameters(remove_duplicate=False)
-        if parameter is module.weight and other != f"{name}.weight"
-    ]
+    others = sharers(graph_module, name)
     if others:
-        return f"its weight is shared with {', '.join(others)}; replacing one of them would break the tie"
-    if any(node.op == "get_attr" and str(node.target).startswith(f"{name}.") for node in graph_module.graph.nodes):
-        return "its parameters are also read directly by the graph, which a chain could not serve"
+        return f"it shares parameters with {', '.join(others)}; a chain for one of them would break the tie"
     if any(len(node.all_input_nodes) != 1 for node in nodes):
         return "it is not called with exactly one input"
     return None

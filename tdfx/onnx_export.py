@@ -4,50 +4,29 @@ from __future__ import annotations
 
 import copy
 import inspect
-import io
-import logging
 import os
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 import onnxruntime as ort
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from tdfx.errors import ExportError, InputError, OptionError, VerificationError
+from tdfx.contained import failing_as, plain_attention, quiet, reason
+from tdfx.errors import ExportError, InputError, OptionError
 from tdfx.files import replacing
 from tdfx.inputs import Inputs, as_args, as_kwargs
+from tdfx.parity import OutputParity, compare, session_options
 
 LEAST_OPSET = 18  # torch's exporter writes no older one
 MAX_WEIGHT_BYTES = 2 * 10**9  # protobuf ends at 2^31 bytes; the rest is room for the graph
-LEAST_OUTPUT = 1e-6  # below this magnitude, agreement says nothing
-TINY = 1e-300  # keeps a difference from an all-zero output a number
-OTHER_EXAMPLE = "use trained weights or other example inputs"
 RTOL = {torch.float32: 1e-4, torch.float64: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 _Example = inspect.BoundArguments  # example inputs bound to forward; .args and .kwargs hold tensors only
-
-
-@dataclass(frozen=True)
-class OutputParity:
-    """How far one output of the file is from the network's.
-
-    Attributes:
-        name: the output's name in the file.
-        max_abs_diff: largest absolute difference, in output units.
-        max_rel_diff: that difference divided by the largest magnitude of the network's output.
-    """
-
-    name: str
-    max_abs_diff: float
-    max_rel_diff: float
 
 
 @dataclass(frozen=True)
@@ -131,12 +110,12 @@ def export_onnx(
         program = _export(network, _resized(example, traced), dynamic, opset)
         external = _save(program, staged)
         del program
-        with _failing_as("onnx.checker refuses the exported file", hint):
+        with failing_as("onnx.checker refuses the exported file", hint):
             onnx.checker.check_model(str(staged), full_check=True)
         written = _check_file(staged, dynamic, opset)
-        with _failing_as("ONNX Runtime cannot load the exported file", hint):
-            session = ort.InferenceSession(str(staged), _session_options(), providers=["CPUExecutionProvider"])
-        runs = [_compare(session, _resized(example, size), wanted[size], rtol, hint) for size in batch_sizes]
+        with failing_as("ONNX Runtime cannot load the exported file", hint):
+            session = ort.InferenceSession(str(staged), session_options(), providers=["CPUExecutionProvider"])
+        runs = [compare(session, _tensors(_resized(example, size)), wanted[size], rtol, hint) for size in batch_sizes]
         del session  # it holds the file open, which some systems do not let be renamed
         file_bytes = sum(part.stat().st_size for part in staged.parent.iterdir())
     outputs = tuple(
@@ -172,7 +151,7 @@ def _eval_copy(module: nn.Module) -> nn.Module:
     """A copy in eval mode that shares the parameters; tracing may write to everything else."""
     if not isinstance(module, nn.Module):
         raise InputError(f"module has type {type(module).__name__}, expected a torch.nn.Module")
-    with _failing_as("the network cannot be copied", "remove what copy.deepcopy refuses"):
+    with failing_as("the network cannot be copied", "remove what copy.deepcopy refuses"):
         return copy.deepcopy(module, {id(parameter): parameter for parameter in module.parameters()}).eval()
 
 
@@ -223,11 +202,11 @@ def _resized(example: _Example, batch: int) -> _Example:
 def _outputs(network: nn.Module, example: _Example, size: int, batch: int) -> list[Tensor]:
     """The network's outputs, flattened as the exporter flattens them."""
     try:
-        with torch.no_grad(), _plain_attention(), _quiet():
+        with torch.no_grad(), plain_attention(), quiet():
             outputs = network(*example.args, **example.kwargs)
     except Exception as error:
         fix = "pass other example inputs" if size == batch else "pass dynamic=None for a fixed batch size"
-        raise InputError(f"the network does not run on a batch of {size}: {_reason(error)}; {fix}") from error
+        raise InputError(f"the network does not run on a batch of {size}: {reason(error)}; {fix}") from error
     leaves = [leaf for leaf in pytree.tree_leaves(outputs) if leaf is not None]  # None: the exporter drops it
     for index, leaf in enumerate(leaves):
         if not isinstance(leaf, Tensor):
@@ -254,7 +233,7 @@ def _export(network: nn.Module, example: _Example, dynamic: str | None, opset: i
                 )
         axis = {0: torch.export.Dim("batch")}
         shapes = pytree.tree_map_only(Tensor, lambda tensor: axis if tensor.dim() else None, dict(example.arguments))
-    with _failing_as("torch.onnx.export cannot export the network", fix), _plain_attention(), _quiet():
+    with failing_as("torch.onnx.export cannot export the network", fix), plain_attention(), quiet():
         program = torch.onnx.export(
             network,
             example.args,
@@ -272,7 +251,7 @@ def _save(program: torch.onnx.ONNXProgram, path: Path) -> bool:
     """Write the model without its metadata; returns whether the weights needed a file of their own."""
     weights = [value.const_value for value in program.model.graph.initializers.values()]
     external = sum(weight.nbytes for weight in weights if weight is not None) >= MAX_WEIGHT_BYTES
-    with _failing_as("the ONNX file cannot be written", "make room, or choose another path"), _quiet():
+    with failing_as("the ONNX file cannot be written", "make room, or choose another path"), quiet():
         model = program.model_proto
         _strip(model)
         onnx.save_model(model, path, save_as_external_data=external, location=f"{path.name}.data")
@@ -304,104 +283,3 @@ def _check_file(path: Path, dynamic: str | None, opset: int | None) -> int:
                 "the input's shape in forward, or pass dynamic=None for a fixed batch size"
             )
     return int(written)
-
-
-# --- the comparison ---
-
-
-def _session_options() -> Any:
-    options = ort.SessionOptions()
-    options.log_severity_level = 4  # errors come as exceptions
-    options.intra_op_num_threads = torch.get_num_threads()
-    return options
-
-
-def _compare(session: Any, example: _Example, wanted: list[Tensor], rtol: float, hint: str) -> list[OutputParity]:
-    """Run the file on the inputs and compare each output with the network's."""
-    with _failing_as("ONNX Runtime cannot run the exported file", hint):
-        arrays = [tensor.cpu().numpy() for tensor in _tensors(example)]
-        names = [value.name for value in session.get_inputs()]
-        found = session.run(None, dict(zip(names, arrays, strict=True)))
-    names = [value.name for value in session.get_outputs()]
-    if len(names) != len(wanted):
-        raise VerificationError(f"the ONNX file has {len(names)} outputs, the network {len(wanted)}")
-    return [_parity(*output, rtol) for output in zip(names, wanted, found, strict=True)]
-
-
-def _parity(name: str, wanted: Tensor, found: Any, rtol: float) -> OutputParity:
-    a, b = wanted.detach().cpu(), torch.tensor(np.asarray(found))
-    if (a.shape, a.dtype) != (b.shape, b.dtype):
-        raise VerificationError(
-            f"output {name!r} is {b.dtype} {tuple(b.shape)} in ONNX Runtime, {a.dtype} {tuple(a.shape)} in the network"
-        )
-    for where, values in (("the network", a), ("ONNX Runtime", b)):
-        if not values.isfinite().all():
-            raise VerificationError(f"output {name!r} holds NaN or Inf in {where}; {OTHER_EXAMPLE}")
-    exact = not a.is_floating_point()
-    scale, difference = _largest(a), _largest(a.double() - b.double())
-    relative = difference / max(scale, TINY)
-    amounts = {"max_abs_diff": difference, "max_rel_diff": relative}
-    if not exact and scale < LEAST_OUTPUT:
-        raise VerificationError(
-            f"output {name!r} is at most {scale:.3g} in magnitude, below {LEAST_OUTPUT:g} and too small to compare; "
-            + OTHER_EXAMPLE,
-            **amounts,
-        )
-    if not torch.equal(a, b) if exact else relative > rtol:
-        raise VerificationError(
-            f"output {name!r}, {tuple(a.shape)}, differs in ONNX Runtime by {difference:.3g}, {relative:.3g} of its "
-            f"largest magnitude (allowed: {0 if exact else rtol:g}); no file was written",
-            **amounts,
-        )
-    return OutputParity(name, difference, relative)
-
-
-def _largest(values: Tensor) -> float:
-    return float(values.double().abs().max()) if values.numel() else 0.0
-
-
-# --- around the calls into torch and ONNX Runtime ---
-
-
-@contextmanager
-def _failing_as(what: str, fix: str) -> Iterator[None]:
-    """Turn any failure inside into an ExportError of one line."""
-    try:
-        yield
-    except Exception as error:
-        raise ExportError(f"{what}: {_reason(error)}; {fix}") from error
-
-
-def _reason(error: BaseException) -> str:
-    """Type and first line of the innermost cause: the exporter wraps it in advice and tracebacks."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    lines = str(error).strip().splitlines()
-    if not lines:
-        return type(error).__name__
-    line = lines[0] if len(lines[0]) <= 400 else f"{lines[0][:150]} ... {lines[0][-250:]}"
-    return f"{type(error).__name__}: {line}"
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence prints, warnings and logs; what goes wrong comes as an exception."""
-    disabled = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(disabled)
-
-
-@contextmanager
-def _plain_attention() -> Iterator[None]:
-    """Turn off torch's fast path for transformer layers, whose outputs at padded positions no export reproduces."""
-    enabled = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(enabled)

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tdfx import onnx_export
+from tdfx import contained, onnx_export, parity
 from tdfx.errors import ExportError, InputError, OptionError, VerificationError
 from tdfx.onnx_export import ExportReport, export_onnx
 
@@ -231,7 +231,7 @@ def test_the_exporters_chatter_is_held_back(
         print("printed", file=sys.stderr)
         logging.getLogger("torch.onnx.chatter").error("logged")
 
-    with onnx_export._quiet():
+    with contained.quiet():
         chatter()
         warnings.warn("warned", stacklevel=1)  # an error here, were it to get out
     assert (capsys.readouterr(), caplog.messages) == (("", ""), [])
@@ -336,9 +336,9 @@ def test_other_outputs_are_refused(
 
 def test_large_integers_must_be_equal_to_the_last() -> None:
     wanted = torch.tensor([2**60])
-    assert onnx_export._parity("ids", wanted, np.array([2**60]), 1e-4).max_abs_diff == 0
+    assert parity._parity("ids", wanted, np.array([2**60]), 1e-4).max_abs_diff == 0
     with pytest.raises(VerificationError, match="ids"):
-        onnx_export._parity("ids", wanted, np.array([2**60 + 1]), 1e-4)
+        parity._parity("ids", wanted, np.array([2**60 + 1]), 1e-4)
 
 
 def test_the_worst_batch_is_reported(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -111,6 +111,8 @@ def alternate(tensor: Tensor, rank: int, seed: int) -> Triple:
     for _ in range(SWEEPS):
         updated, error = _sweep(slices, current)
         if error > best_error:
+            if current is best:
+                break  # no extrapolation to take back: float32 resolves no further gain
             current, step = best, step / 2
             continue
         current = _extrapolate(best, updated, step) if math.isfinite(best_error) else updated

@@ -1,0 +1,29 @@
+"""Which layers hold or read the same parameters: a change of one would be a change of the others."""
+
+from __future__ import annotations
+
+import networkx as nx
+from torch import fx
+
+GRAPH = "a function in forward"
+
+
+def sharing_graph(graph_module: fx.GraphModule) -> nx.Graph:
+    """Bipartite graph of readers (module names, or ``GRAPH`` for a direct read) and parameters (by identity)."""
+    sharing = nx.Graph()
+    parameters = dict(graph_module.named_parameters(remove_duplicate=False))
+    for name, parameter in parameters.items():
+        sharing.add_edge(name.rpartition(".")[0], id(parameter))
+    for node in graph_module.graph.nodes:
+        if node.op == "get_attr" and node.target in parameters:
+            sharing.add_edge(GRAPH, id(parameters[node.target]))
+    return sharing
+
+
+def sharers(graph_module: fx.GraphModule, layer: str) -> tuple[str, ...]:
+    """Names of the other readers of a layer's own parameters, sorted."""
+    sharing = sharing_graph(graph_module)
+    if layer not in sharing:
+        return ()
+    readers = {reader for parameter in sharing[layer] for reader in sharing[parameter]}
+    return tuple(sorted(readers - {layer}))
