@@ -18,7 +18,7 @@ class Workload:
         groups: number of groups; equals in_channels for a depthwise convolution.
         inputs: number of elements read from the input.
         itemsize: bytes per element.
-        conv: whether the operator is a convolution (runs in the runtime's blocked layout).
+        conv: whether the operator is a 2-d convolution; only these have kernels for blocked layouts.
     """
 
     positions: int

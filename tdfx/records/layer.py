@@ -84,7 +84,7 @@ class LayerSpec:
                 groups=self.groups,
                 inputs=math.prod(call.input_shape),
                 itemsize=ITEMSIZE[self.dtype],
-                conv=self.kind != "linear",
+                conv=self.kind == "conv2d",
             )
             for call in self.calls
         )
