@@ -1,0 +1,154 @@
+"""What a compressed network may cost, as in ``Budget.parse("flops=50%,params=2M")``."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from decimal import Decimal
+from fractions import Fraction
+
+from tdfx.errors import BudgetError
+from tdfx.records.cost import Cost
+
+RESOURCES: Mapping[str, Callable[[Cost], int]] = {
+    "flops": lambda cost: cost.flops,
+    "macs": lambda cost: cost.macs,
+    "params": lambda cost: cost.params,
+    "bytes": lambda cost: cost.weight_bytes,
+}
+"""What can be limited, and how much of it a cost is."""
+
+_FLOPS_PER_MAC = Cost(params=0, macs=1, weight_bytes=0).flops
+_MOST = 2**63 - 1  # planners count in 64 bits
+_POWERS = {"": 0, "k": 3, "m": 6, "g": 9, "t": 12}
+_AMOUNT = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+))(?:e([+-]?\d\d?))?\s*([a-z%]*)", re.ASCII)
+_FORMS = (
+    f"Write resource=amount, several separated by commas; resource: {', '.join(RESOURCES)} (of the weights); "
+    'amount: a share of the whole model ("50%") or a number ("1.2G", "2M", for bytes also "8MB"; K, M, G, T are powers '
+    'of 1000). Example: "flops=50%,params=2M"'
+)
+
+
+@dataclass(frozen=True)
+class Limit:
+    """The most that a compressed network may use of one resource.
+
+    Attributes:
+        resource: "flops", "macs", "params" or "bytes" (of the weights).
+        amount: a share of the whole model before compression (0.5 for 50%), or a number of units.
+        share: whether ``amount`` is a share.
+
+    Raises:
+        BudgetError: unknown resource, or an amount that is no Decimal in range (a share up to 1, else at least 1).
+    """
+
+    resource: str
+    amount: Decimal
+    share: bool
+
+    def __post_init__(self) -> None:
+        _check_resource(self.resource)
+        if not isinstance(self.amount, Decimal) or not self.amount.is_finite() or self.amount <= 0:
+            raise _refusal(f"the amount of {self.resource} must be greater than 0, found {self.amount}")
+        if self.share and self.amount > 1:
+            raise _refusal(f"the share of {self.resource} must be at most 100%, found {_digits(self.amount, 2)}%")
+        if not self.share and self.amount < 1:
+            raise _refusal(
+                f"{_digits(self.amount)} {self.resource} is less than one; for a share of the whole model write "
+                f"{_digits(self.amount, 2)}%"
+            )
+
+    @classmethod
+    def parse(cls, text: str) -> Limit:
+        """The limit written as e.g. "flops=50%" or "bytes=8MB", in upper or lower case.
+
+        Raises:
+            BudgetError: the text is not understood.
+        """
+        name, equals, amount = (part.strip() for part in text.partition("="))
+        if not equals:
+            raise _refusal(f"expected resource=amount, found {text!r}")
+        name = name.lower()
+        _check_resource(name)
+        match = _AMOUNT.fullmatch(amount.lower())
+        number, exponent, suffix = match.groups() if match else ("", "", "?")
+        power = -2 if suffix == "%" else _POWERS.get(suffix.removesuffix("b") if name == "bytes" else suffix)
+        if power is None:
+            raise _refusal(f"the amount of {name} is not understood, found {amount!r}")
+        # As text, since arithmetic of Decimal rounds.
+        return cls(name, Decimal(f"{number}e{int(exponent or 0) + power}"), suffix == "%")
+
+    def __str__(self) -> str:
+        if self.share:
+            return f"{self.resource}={_digits(self.amount, 2)}%"
+        unit = "B" if self.resource == "bytes" else ""
+        amounts = (f"{_digits(self.amount, -power)}{prefix.upper()}{unit}" for prefix, power in _POWERS.items())
+        return f"{self.resource}={min(amounts, key=len)}"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Limits on what a whole network may cost, those parts included that cannot be compressed.
+
+    Attributes:
+        limits: at least one, each of another resource.
+
+    Raises:
+        BudgetError: there is no limit, or two of the same resource.
+    """
+
+    limits: tuple[Limit, ...]
+
+    def __post_init__(self) -> None:
+        names = [limit.resource for limit in self.limits]
+        if len(set(names)) != max(len(names), 1):
+            raise _refusal(f"expected at least one limit and each resource once, found {str(self)!r}")
+
+    @classmethod
+    def parse(cls, text: str) -> Budget:
+        """The budget written as e.g. "flops=50%,params=40%", "macs=1.2G" or "bytes=8MB".
+
+        Raises:
+            BudgetError: the text is not understood; the message says what was found and what is.
+        """
+        if not isinstance(text, str) or not text.strip():
+            raise _refusal(f"expected text, found {text!r}")
+        return cls(tuple(Limit.parse(part) for part in text.split(",")))
+
+    def resolve(self, before: Cost) -> dict[str, int]:
+        """The largest whole amounts allowed of "macs", "params" and "bytes", where limited (flops are limited as macs).
+
+        Args:
+            before: cost of the whole model as given.
+        """
+        amounts: dict[str, int] = {}
+        for limit in self.limits:
+            amount = Fraction(limit.amount) * (RESOURCES[limit.resource](before) if limit.share else 1)
+            name = limit.resource
+            if name == "flops":
+                name, amount = "macs", amount / _FLOPS_PER_MAC
+            most = min(math.floor(amount), _MOST)
+            amounts[name] = min(most, amounts.get(name, most))
+        return amounts
+
+    def __str__(self) -> str:
+        return ",".join(map(str, self.limits))
+
+
+def _check_resource(name: str) -> None:
+    if name not in RESOURCES:
+        near = difflib.get_close_matches(str(name), RESOURCES, 1)
+        raise _refusal(f"unknown resource {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+
+
+def _digits(number: Decimal, power: int = 0) -> str:
+    """``number * 10**power`` written out, exactly."""
+    text = f"{Decimal(f'{number:f}e{power}'):f}"
+    return text.rstrip("0").rstrip(".") if "." in text else text
+
+
+def _refusal(problem: str) -> BudgetError:
+    return BudgetError(f"budget not understood: {problem}. {_FORMS}")

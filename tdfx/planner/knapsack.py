@@ -1,0 +1,271 @@
+"""Least total value within several limits: a multiple-choice knapsack, solved by SciPy's HiGHS MILP.
+
+HiGHS works in floating point. It lets a row be exceeded by 1e-6, its presolve may for that call a problem infeasible
+that is not, and it stops at an absolute gap of 1e-6; SciPy can set none of this. So the limits are written as rows of
+digits, where one unit too much is far beyond the tolerance; candidates that cannot be in an optimum are first removed
+in exact integers; and an optimum far below the unit of the objective is sought again in a smaller unit, among the
+candidates that could still better it. Answers are checked in integers.
+
+Source: Kellerer, Pferschy and Pisinger, Knapsack Problems (2004), chapter 11 (the problem, dominance, reduction).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from threading import Lock
+
+import numpy as np
+from scipy.linalg import block_diag
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import csr_array
+
+from tdfx.planner import FloatArray, Infeasible, IntArray
+
+BASES = (100_000, 1_000)
+"""Bases of the digits: large ones make few rows, small ones stay clear of HiGHS's tolerance should a large one not."""
+
+UNIT = 1_000
+"""Largest coefficient of an objective: HiGHS's 1e-6 is 1e-9 of it."""
+
+_STDOUT = Lock()
+
+
+def solve(values: Sequence[FloatArray], costs: Sequence[IntArray], limits: IntArray) -> list[int]:
+    """Chooses one candidate per site, of least total value within all limits (arguments and errors: see ``Planner``).
+
+    The total is within a relative 1e-6 of the least one, and no change of a single site lowers it within the limits.
+    Of a site's candidates with equal value and costs the first is taken.
+    """
+    _check(values, costs, limits)
+    if not values:
+        return []
+    site = np.repeat(np.arange(len(values)), [len(value) for value in values])
+    table = _Table(site, np.concatenate(values), np.concatenate(costs))
+    best = _least_value(table, limits)
+    if best is None:
+        raise Infeasible(table.least_cost.sum(axis=0).tolist(), _least_scale(table, limits))
+    return [int(row) for row in _polish(table, limits, best) - table.starts]
+
+
+def _check(values: Sequence[FloatArray], costs: Sequence[IntArray], limits: IntArray) -> None:
+    if limits.ndim != 1 or (limits < 0).any():
+        raise ValueError(f"limits must be a vector of numbers >= 0, found {limits!r}")
+    if len(values) != len(costs):
+        raise ValueError(f"found values of {len(values)} sites, but costs of {len(costs)}")
+    for i, (value, cost) in enumerate(zip(values, costs, strict=True)):
+        if value.ndim != 1 or not value.size or cost.shape != (value.size, limits.size):
+            raise ValueError(
+                f"site {i}: expected values of shape (n,) and costs of shape (n, {limits.size}) with n > 0, "
+                f"found {value.shape} and {cost.shape}"
+            )
+        if not (np.isfinite(value) & (value >= 0)).all():
+            raise ValueError(f"site {i}: values must be finite and >= 0, found {value}")
+        if (cost < 0).any():
+            raise ValueError(f"site {i}: costs must be >= 0, found {cost}")
+
+
+@dataclass(frozen=True)
+class _Table:
+    """Candidates, site after site: ``site`` (n,) ascending, ``value`` (n,), ``cost`` (n, resources)."""
+
+    site: IntArray
+    value: FloatArray
+    cost: IntArray
+
+    @property
+    def starts(self) -> IntArray:
+        """The first row of each site."""
+        return np.flatnonzero(np.diff(self.site, prepend=-1))
+
+    @property
+    def least_cost(self) -> IntArray:
+        """(sites, resources)."""
+        least: IntArray = np.minimum.reduceat(self.cost, self.starts)
+        return least
+
+    @property
+    def least_value(self) -> FloatArray:
+        """(sites,)."""
+        least: FloatArray = np.minimum.reduceat(self.value, self.starts)
+        return least
+
+    @property
+    def largest_value(self) -> float:
+        """Above the least of the site."""
+        return float((self.value - self.least_value[self.site]).max())
+
+    def at(self, rows: IntArray) -> _Table:
+        return _Table(self.site[rows], self.value[rows], self.cost[rows])
+
+    def first_least(self, key: FloatArray) -> IntArray:
+        """Per site, the first row with the least key."""
+        rows: IntArray = np.lexsort((key, self.site))[self.starts]
+        return rows
+
+
+def _least_value(table: _Table, limits: IntArray) -> IntArray | None:
+    """Rows of a choice of least value, None if no choice is within the limits."""
+    best, best_value = None, math.inf
+    gap = 0.01  # A quick first choice rules many candidates out.
+    rows = _reduce(table, _undominated(table), limits, best_value)
+    while rows is not None:
+        left = table.at(rows)
+        choice = _choose(left, limits, gap)
+        if choice is None:
+            break
+        value = float(left.value[choice].sum())
+        if value < best_value:
+            best, best_value = rows[choice], value
+        # The absolute gap was 1e-9 of the largest value: close enough unless the choice is far below that.
+        above = best_value - float(left.least_value.sum())
+        if above <= 0 or (not gap and above >= left.largest_value / 10):
+            break
+        gap = 0.0
+        rows = _reduce(table, rows, limits, best_value)
+    return best
+
+
+def _undominated(table: _Table) -> IntArray:
+    """Rows without those that another one of the same site matches or beats in value and in every cost."""
+    front: list[int] = []
+    for rows in np.split(np.arange(table.site.size), table.starts[1:]):
+        cost = table.cost[rows]
+        kept: list[int] = []
+        for i in np.lexsort((*cost.T, table.value[rows])).tolist():
+            if not (cost[kept] <= cost[i]).all(axis=1).any():
+                kept.append(i)
+        front += sorted(rows[kept].tolist())
+    return np.array(front)
+
+
+def _reduce(table: _Table, rows: IntArray, limits: IntArray, most_value: float) -> IntArray | None:
+    """Rows without those that are too much even beside the others' least; None if a site has none left."""
+    sites = table.starts.size
+    while (left := table.at(rows)).starts.size == sites:
+        room = limits - left.least_cost.sum(axis=0)
+        spare = most_value - left.least_value.sum()
+        fits = (left.cost - left.least_cost[left.site] <= room).all(axis=1)
+        fits &= left.value - left.least_value[left.site] <= spare
+        if fits.all():
+            return rows
+        rows = rows[fits]
+    return None
+
+
+def _choose(table: _Table, limits: IntArray, gap: float) -> IntArray | None:
+    """Rows of a choice within the limits, of least value but for ``gap`` and 1e-9 of the largest; None if none fits."""
+    value = table.value - table.least_value[table.site]
+    cost = table.cost - table.least_cost[table.site]
+    room = limits - table.least_cost.sum(axis=0)
+
+    def fits(choice: IntArray) -> bool:
+        return bool((cost[choice].sum(axis=0) <= room).all())
+
+    least = table.first_least(value)
+    if fits(least):
+        return least
+    for base in BASES:
+        choice = _highs(table, UNIT * (value / (value.max() or 1.0)), *_digit_rows(cost, room, base), gap=gap)
+        if choice is not None and fits(choice):
+            return choice
+    if choice is None:
+        return None
+    raise RuntimeError("HiGHS exceeded a limit that was given to it in digits")
+
+
+def _digit_rows(cost: IntArray, room: IntArray, base: int) -> tuple[FloatArray, FloatArray]:
+    """``cost.T @ x <= room`` digit by digit, lowest first, with integer carries as further columns.
+
+    Row k says: the costs' digits k + carry k <= the room's digit k + base * carry k+1.
+    """
+    tables, bounds, carries = [], [], []
+    for column, bound in zip(cost.T, room, strict=True):
+        step = np.gcd.reduce(column) or 1
+        column, bound = column // step, bound // step
+        digits = 1
+        while base**digits <= bound:
+            digits += 1
+        power = base ** np.arange(digits)
+        tables.append(column // power[:, None] % base)
+        bounds.append(bound // power % base)
+        carries.append(np.eye(digits, digits - 1, -1) - base * np.eye(digits, digits - 1))
+    return np.hstack([np.vstack(tables), block_diag(*carries)]), np.concatenate(bounds).astype(float)
+
+
+def _highs(
+    table: _Table, value: FloatArray, matrix: FloatArray, bounds: FloatArray, *, gap: float = 0.0, integer: bool = True
+) -> IntArray | None:
+    """Rows of a choice of least value with ``matrix @ x <= bounds``; None if there is none.
+
+    Columns beyond the candidates' are auxiliary numbers from 0 to the number of sites, integers if ``integer``.
+    """
+    n, sites, auxiliary = table.site.size, table.starts.size, matrix.shape[1] - table.site.size
+    one_each = csr_array((np.ones(n), (table.site, np.arange(n))), shape=(sites, n + auxiliary))
+    with _silent_stdout():
+        result = milp(
+            np.append(value, np.zeros(n + auxiliary - value.size)),
+            integrality=np.repeat([1, int(integer)], [n, auxiliary]),
+            bounds=Bounds(0, np.repeat([1, sites], [n, auxiliary])),
+            constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(matrix, ub=bounds)],
+            # Presolve takes fractions that differ by 1e-7 for equal, and HiGHS then fails; integers are safe.
+            options={"mip_rel_gap": gap, "presolve": integer},
+        )
+    if result.status not in (0, 2):
+        raise RuntimeError(f"HiGHS failed: {result.message}")
+    return None if result.x is None else table.first_least(-result.x[:n])
+
+
+@contextmanager
+def _silent_stdout() -> Iterator[None]:
+    """HiGHS 1.12 now and then prints a line for its developers, past all options (ERGO-Code/HiGHS#2783)."""
+    with _STDOUT, open(os.devnull, "w") as nowhere:
+        stdout = os.dup(1)
+        os.dup2(nowhere.fileno(), 1)
+        try:
+            yield
+        finally:
+            os.dup2(stdout, 1)
+            os.close(stdout)
+
+
+def _polish(table: _Table, limits: IntArray, choice: IntArray) -> IntArray:
+    """Changes single sites, the best change first, as long as one lowers the value within the limits."""
+    choice = choice.copy()
+    while True:
+        now = choice[table.site]
+        room = limits - table.cost[choice].sum(axis=0)
+        fits = (table.cost - table.cost[now] <= room).all(axis=1)
+        gain = np.where(fits, table.value[now] - table.value, 0)
+        best = int(gain.argmax())
+        if gain[best] <= 0:
+            return choice
+        choice[table.site[best]] = best
+
+
+def _least_scale(table: _Table, limits: IntArray) -> float:
+    """The smallest factor of all limits that lets a choice fit: one does for certain, with 1e-6 less none."""
+    sites, some = table.starts.size, limits > 0
+    table = table.at(np.flatnonzero((table.cost[:, ~some] == 0).all(axis=1)))
+    if table.starts.size < sites:
+        return math.inf
+    cost, limits = table.cost[:, some], limits[some]
+
+    def scale(choice: IntArray) -> Fraction:
+        return max(map(Fraction, cost[choice].sum(axis=0).tolist(), limits.tolist()))
+
+    # The least scale is at most this choice's and at least that over the number of limits: a good unit.
+    share = cost / limits
+    start = table.first_least(share.sum(axis=1))
+    unit = float(scale(start))
+    # The auxiliary number is the scale in that unit. A candidate that alone takes more is as well kept out by taking 2.
+    matrix = np.insert(UNIT * np.minimum(share / unit, 2).T, share.shape[0], -UNIT, axis=1)
+    value = np.append(np.zeros(share.shape[0]), UNIT)
+    best = _highs(table, value, matrix, np.zeros(limits.size), integer=False)
+    least = min(scale(choice) for choice in (start, best) if choice is not None)
+    rounded = float(least)
+    return rounded if Fraction(rounded) >= least else math.nextafter(rounded, math.inf)
