@@ -71,13 +71,24 @@ class RewritePass(GraphPass[fx.GraphModule]):
 
 def fork(graph_module: fx.GraphModule) -> fx.GraphModule:
     """A graph module with its own graph and module tree whose leaf modules are shared."""
-    return fx.GraphModule(graph_module, copy.deepcopy(graph_module.graph), type(graph_module).__name__)
+    return assemble(graph_module, copy.deepcopy(graph_module.graph))
+
+
+def assemble(root: nn.Module, graph: fx.Graph) -> fx.GraphModule:
+    """A graph over the parts of ``root`` that it uses; what torch.fx adds to hold them is set up as in ``root``."""
+    graph_module = fx.GraphModule(root, graph, type(root).__name__)
+    for name, holder in graph_module.named_modules():
+        given = root.get_submodule(name)
+        holder.training = given.training
+        holder._non_persistent_buffers_set |= given._non_persistent_buffers_set & holder._buffers.keys()
+    return graph_module
 
 
 def describe(graph_module: fx.GraphModule) -> tuple[str, tuple[tuple[str, int], ...]]:
-    """The graph's text and the identities of its submodules: equal if and only if nothing was edited."""
-    modules = tuple((name, id(module)) for name, module in graph_module.named_modules())
-    return str(graph_module.graph), modules
+    """The graph's text and the identities of modules, parameters and buffers: other once one of them is exchanged."""
+    named = (graph_module.named_modules, graph_module.named_parameters, graph_module.named_buffers)
+    held = tuple((name, id(value)) for names in named for name, value in names(remove_duplicate=False))
+    return str(graph_module.graph), held
 
 
 def check(graph_module: fx.GraphModule, when: str) -> None:

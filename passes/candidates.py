@@ -122,6 +122,7 @@ def site_weight(graph_module: fx.GraphModule, site: Site) -> Tensor:
     bad = int((~torch.isfinite(weight)).sum())
     if bad:
         raise WeightError(
-            f"layer {site.name}: {bad} of {weight.numel()} weights are NaN or Inf; repair the checkpoint or exclude the layer"
+            f"layer {site.name}: {bad} of {weight.numel()} weights are NaN or Inf; repair the checkpoint or exclude "
+            "the layer"
         )
     return weight.double()

@@ -6,7 +6,8 @@ import copy
 import inspect
 import linecache
 import traceback
-from collections.abc import Iterator, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from tdfx.errors import CaptureError
+from tdfx.passes.base import assemble
 
 _TORCH = Path(torch.__file__).parent
 _HOOKS = (
@@ -38,8 +40,11 @@ def isolate(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
     Raises:
         CaptureError: the model cannot be copied.
     """
+    # What earlier runs left behind, as the weight of weight_norm, has a history and cannot be copied with it.
+    held = [value for part in model.modules() for values in (vars(part), part._buffers) for value in values.values()]
+    memo = {id(value): value.detach().clone() for value in held if isinstance(value, Tensor) and not value.is_leaf}
     try:
-        copied = copy.deepcopy(model).eval()
+        copied = copy.deepcopy(model, memo).eval()
     except Exception as error:
         raise CaptureError(
             f"{type(model).__name__} cannot be deep-copied ({type(error).__name__}: {error}); tdfx never works on "
@@ -56,34 +61,55 @@ def isolate(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
 
 
 def symbolic_trace(model: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor]) -> fx.GraphModule:
-    """Traces an isolated model for calls with these inputs; arguments left out are fixed to their defaults.
+    """Traces an isolated model for calls with these inputs; arguments left out keep their defaults for good.
 
     Raises:
         CaptureError: naming the construct that cannot be traced, and where it stands.
     """
     given = inspect.signature(model.forward).bind(*args, **kwargs)
-    fixed = {
-        name: parameter.default
-        for name, parameter in given.signature.parameters.items()
-        if name not in given.arguments and parameter.default is not inspect.Parameter.empty
-    }
     try:
-        graph = LayerTracer().trace(model, concrete_args=fixed or None)
+        graph = LayerTracer(given).trace(model)
     except Exception as error:
         raise CaptureError(_explain(model, error)) from error
-    _drop_fixed_arguments(graph)
-    return fx.GraphModule(model, graph, type(model).__name__)
+    return assemble(model, graph)
 
 
 class LayerTracer(fx.Tracer):
-    """torch.fx's tracer, with one more leaf rule.
+    """torch.fx's tracer, with two more leaf rules, for one call.
 
-    A convolution or linear whose forward is the stock one is a leaf even in a user's subclass, and so is a module
-    without parameters that behaves differently in training (stochastic depth and the like), so that it keeps doing so.
+    A module whose forward is torch's own is a leaf even in a user's subclass, and so is a module without parameters
+    that behaves differently in training (stochastic depth and the like), so that it keeps doing so.
+
+    Args:
+        given: the call; placeholders stand for what it gives. None is torch.fx's rule, which unpickling needs.
     """
 
+    def __init__(self, given: inspect.BoundArguments | None = None) -> None:
+        super().__init__()
+        self.given = given
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return has_stock_forward(m) or _is_train_switch(m) or super().is_leaf_module(m, module_qualified_name)
+        return _has_torch_forward(m) or _is_train_switch(m) or super().is_leaf_module(m, module_qualified_name)
+
+    def create_args_for_root(
+        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
+    ) -> tuple[Any, list[Any]]:
+        if self.given is None:
+            return super().create_args_for_root(root_fn, is_module, concrete_args)
+        arguments: dict[str, Any] = {}
+        for name, value in self.given.arguments.items():
+            kind = self.given.signature.parameters[name].kind
+            if kind is inspect.Parameter.VAR_POSITIONAL:
+                arguments[name] = tuple(self._placeholder(f"{name}_{index}") for index in range(len(value)))
+            elif kind is inspect.Parameter.VAR_KEYWORD:
+                arguments[name] = {key: self._placeholder(key) for key in value}
+            else:
+                arguments[name] = self._placeholder(name)
+        call = inspect.BoundArguments(self.given.signature, OrderedDict(arguments))
+        return lambda root: root_fn(root, *call.args, **call.kwargs), [self.root]
+
+    def _placeholder(self, name: str) -> fx.Proxy:
+        return self.create_proxy("placeholder", name, (), {})
 
 
 def has_stock_forward(module: nn.Module) -> bool:
@@ -96,47 +122,42 @@ def has_stock_forward(module: nn.Module) -> bool:
     return type(module).forward in _STOCK_FORWARDS and "forward" not in vars(module) and stock_conv
 
 
+def _has_torch_forward(module: nn.Module) -> bool:
+    return type(module).forward.__module__.startswith("torch.nn.") and not isinstance(module, nn.Sequential)
+
+
 def _is_train_switch(module: nn.Module) -> bool:
     code = getattr(type(module).forward, "__code__", None)
     is_own = not type(module).__module__.startswith("torch.")
-    return is_own and code is not None and "training" in code.co_names and not any(_state(module))
-
-
-def _state(module: nn.Module) -> Iterator[Any]:
-    yield from module.parameters()
-    yield from module.buffers()
-    yield from module.children()
+    has_state = any(True for held in (module.parameters(), module.buffers(), module.children()) for _ in held)
+    return is_own and code is not None and "training" in code.co_names and not has_state
 
 
 def _remove_reparametrizations(module: nn.Module) -> None:
+    """Leaves the weights that weight_norm, spectral_norm, pruning and other parametrizations compute."""
     if parametrize.is_parametrized(module):
+        # Removal edits the class, which the copy shares with the caller's model: edit a class of its own.
+        shared = type(module)
+        module.__class__ = type(shared.__name__, shared.__bases__, dict(vars(shared)))
         for name in list(module.parametrizations):  # type: ignore[arg-type]
             parametrize.remove_parametrizations(module, name, leave_parametrized=True)
-    for key, hook in list(module._forward_pre_hooks.items()):
-        # The hooks of torch.nn.utils.weight_norm and spectral_norm compute the weight anew at every call.
-        if type(hook).__module__.startswith("torch.nn.utils.") and hasattr(hook, "remove"):
-            hook.remove(module)
-            del module._forward_pre_hooks[key]
+    # The older forms are hooks that compute the weight anew at every call, and hooks that load what it is made of.
+    for hook in module._forward_pre_hooks.values():
+        if _is_from_torch(hook):
+            hook.remove(module)  # type: ignore[attr-defined]
+    for hooks in (module._forward_pre_hooks, module._state_dict_hooks, module._load_state_dict_pre_hooks):
+        for key in [key for key, hook in hooks.items() if _is_from_torch(hook)]:
+            del hooks[key]
 
 
-def _drop_fixed_arguments(graph: fx.Graph) -> None:
-    """Removes placeholders of arguments fixed to defaults, with the assertions torch.fx adds for them."""
-    for node in reversed(list(graph.nodes)):
-        if node.op == "call_function" and "has been specialized to have value" in str(node.args):
-            checked = node.args[0]
-            graph.erase_node(node)
-            if isinstance(checked, fx.Node) and checked.op != "placeholder" and not checked.users:
-                graph.erase_node(checked)
-    for node in list(graph.nodes):
-        unused_star = node.op == "placeholder" and str(node.target).startswith("*")
-        if node.op == "placeholder" and not node.users and (node.args or unused_star):
-            graph.erase_node(node)
+def _is_from_torch(hook: Any) -> bool:
+    return type(getattr(hook, "hook", hook)).__module__.startswith("torch.nn.utils.")
 
 
 def _explain(model: nn.Module, error: Exception) -> str:
     place = ""
     for frame in traceback.extract_tb(error.__traceback__):
-        if _TORCH not in Path(frame.filename).parents and Path(frame.filename).name != Path(__file__).name:
+        if _TORCH not in Path(frame.filename).parents and frame.filename != __file__:
             source = linecache.getline(frame.filename, frame.lineno or 0).strip()
             place = f" at {Path(frame.filename).name}:{frame.lineno} in {frame.name}: `{source}`"
     return (

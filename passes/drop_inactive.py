@@ -35,17 +35,19 @@ class DropInactive(RewritePass):
 
     def rewrite(self, graph_module: fx.GraphModule) -> None:
         for node in list(graph_module.graph.nodes):
-            if _is_inactive(graph_module, node):
-                node.replace_all_uses_with(node.all_input_nodes[0])
+            passed_on = _passed_on(graph_module, node)
+            if isinstance(passed_on, fx.Node):
+                node.replace_all_uses_with(passed_on)
                 graph_module.graph.erase_node(node)
 
 
-def _is_inactive(graph_module: fx.GraphModule, node: fx.Node) -> bool:
+def _passed_on(graph_module: fx.GraphModule, node: fx.Node) -> object:
+    """The argument that an inactive node returns as it is, None for other nodes."""
     if node.op == "call_module":
-        module = graph_module.get_submodule(str(node.target))
-        return type(module) in INACTIVE_MODULES and len(node.all_input_nodes) == 1
+        inactive = type(graph_module.get_submodule(str(node.target))) in INACTIVE_MODULES
+        return (*node.args, *node.kwargs.values())[0] if inactive else None
     if node.op != "call_function" or node.target not in INACTIVE_FUNCTIONS:
-        return False
+        return None
     bound = inspect.signature(node.target).bind(*node.args, **node.kwargs)
     bound.apply_defaults()
-    return bound.arguments["training"] is False
+    return bound.arguments["input"] if bound.arguments["training"] is False else None

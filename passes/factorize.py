@@ -8,16 +8,24 @@ from dataclasses import dataclass, field
 
 from torch import fx, nn
 
+from tdfx.decompositions.base import Factors
 from tdfx.errors import PassError
 from tdfx.passes.base import RewritePass, set_submodule
 
 
 @dataclass(frozen=True)
 class Replacement:
-    """A chain for one layer; ``chain``'s children are called in order."""
+    """A chain for one layer.
+
+    Attributes:
+        method: name of the decomposition.
+        chain: the layers, called in order.
+        factors: what the chain was built from, for verification; None takes the chain's own weights for right.
+    """
 
     method: str
     chain: nn.Sequential
+    factors: Factors | None = None
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from tdfx.passes.sharing import sharers
 from tdfx.records.layer import Skipped
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_STOCK_FORWARDS = (BatchNorm.forward, nn.SyncBatchNorm.forward)
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,8 @@ def obstacle(graph_module: fx.GraphModule, node: fx.Node, metas: dict[str, Tenso
     others = sharers(graph_module, str(source.target))
     if others:
         return f"{source.target} shares parameters with {', '.join(others)}"
-    if isinstance(layer, nn.Linear) and len(metas[source.name].shape) != 2:
-        return f"it normalises dimension 1 of the output of {source.target}, which is not its features"
+    if len(metas[source.name].shape) != layer_at(graph_module, str(source.target)).weight.dim():
+        return f"it normalises dimension 1 of the output of {source.target}, which does not hold its channels"
     if isinstance(layer, nn.modules.conv._ConvTransposeNd) and layer.groups > 1:
         return f"{source.target} is a grouped transposed convolution"
     return None
@@ -94,7 +94,7 @@ def _batch_norm(graph_module: fx.GraphModule, node: fx.Node) -> BatchNorm | None
     if node.op != "call_module":
         return None
     module = graph_module.get_submodule(str(node.target))
-    return module if type(module) in BATCH_NORMS else None  # type: ignore[return-value]
+    return module if isinstance(module, BatchNorm) and type(module).forward in _STOCK_FORWARDS else None
 
 
 def _fold(graph_module: fx.GraphModule, source: fx.Node, node: fx.Node) -> None:
@@ -112,8 +112,8 @@ def folded_parameters(layer: Layer, batch_norm: BatchNorm) -> tuple[nn.Parameter
     """Weight and bias of the layer with the BatchNorm folded in, in the layer's dtype."""
     assert batch_norm.running_mean is not None and batch_norm.running_var is not None
     mean, var = batch_norm.running_mean.double(), batch_norm.running_var.double()
-    scale = batch_norm.weight.detach().double() if batch_norm.affine else torch.ones_like(mean)
-    shift = batch_norm.bias.detach().double() if batch_norm.affine else torch.zeros_like(mean)
+    scale = torch.ones_like(mean) if batch_norm.weight is None else batch_norm.weight.detach().double()
+    shift = torch.zeros_like(mean) if batch_norm.bias is None else batch_norm.bias.detach().double()
     weight = layer.weight.detach().double()
     bias = None if layer.bias is None else layer.bias.detach().double()
     new: tuple[Tensor, Tensor]

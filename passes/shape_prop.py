@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,9 +33,14 @@ class ShapeProp(AnalysisPass[dict[str, TensorMeta]]):
 
     def apply(self, graph_module: fx.GraphModule) -> dict[str, TensorMeta]:
         recorder = _Recorder(graph_module)
-        with torch.no_grad():
-            recorder.run(*self.inputs)
+        interpret(recorder, self.inputs)
         return recorder.metas
+
+
+def interpret(interpreter: fx.Interpreter, inputs: Iterable[Tensor]) -> None:
+    """Runs a graph on copies of these inputs; without gradients, the caller's random state kept."""
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        interpreter.run(*(value.clone() for value in inputs))
 
 
 class _Recorder(fx.Interpreter):

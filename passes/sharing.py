@@ -17,6 +17,9 @@ def sharing_graph(graph_module: fx.GraphModule) -> nx.Graph:
     for node in graph_module.graph.nodes:
         if node.op == "get_attr" and node.target in parameters:
             sharing.add_edge(GRAPH, id(parameters[node.target]))
+        elif node.op == "call_module":
+            for parameter in graph_module.get_submodule(node.target).parameters():
+                sharing.add_edge(node.target, id(parameter))
     return sharing
 
 
@@ -26,4 +29,4 @@ def sharers(graph_module: fx.GraphModule, layer: str) -> tuple[str, ...]:
     if layer not in sharing:
         return ()
     readers = {reader for parameter in sharing[layer] for reader in sharing[parameter]}
-    return tuple(sorted(readers - {layer}))
+    return tuple(sorted(readers - {layer, ""}))  # the root's own parameters are read by GRAPH

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.parameter import is_lazy
 
 from tdfx.errors import CaptureError, InputError, VerificationError, WeightError
 from tdfx.fingerprint import structure_fingerprint, weights_fingerprint
@@ -46,7 +47,7 @@ def capture(
         The normalized graph in ``.module``, with what later stages need to know of the model as given.
 
     Raises:
-        InputError: the inputs are no tensors or the model does not run on them.
+        InputError: the inputs are no tensors, or the model does not run on them or has lazy layers that never ran.
         WeightError: a parameter holds NaN or Inf.
         CaptureError: the model cannot be copied or traced; names the construct.
         VerificationError: the graph does not compute what the model does.
@@ -55,7 +56,7 @@ def capture(
         raise InputError(f"model is a {type(model).__name__}; expected a torch.nn.Module")
     args, kwargs = as_args(example_inputs), as_kwargs(example_kwargs)
     original, notes = isolate(model)
-    _check_finite(original)
+    _check_parameters(original)
     reference = _run_model(original, args, kwargs)
     traced = symbolic_trace(original, args, kwargs)
     inputs = bind(traced, args, kwargs)
@@ -98,13 +99,15 @@ def _run_model(model: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, 
     return outputs
 
 
-def _check_finite(model: nn.Module) -> None:
+def _check_parameters(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
+        if is_lazy(parameter):
+            raise InputError(f"{name} has no shape yet: the layer is lazy; run the model once before")
         if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
             bad = int((~torch.isfinite(parameter)).sum())
             raise WeightError(
-                f"layer {name.rpartition('.')[0] or name}: {bad} of {parameter.numel()} values of {name} are NaN or Inf; "
-                "repair the checkpoint"
+                f"layer {name.rpartition('.')[0] or name}: {bad} of {parameter.numel()} values of {name} are NaN or "
+                "Inf; repair the checkpoint"
             )
 
 
@@ -131,7 +134,7 @@ def _compare(reference: list[Tensor], found: list[Tensor]) -> float:
 
 def _unseen(original: nn.Module, traced: fx.GraphModule) -> tuple[Skipped, ...]:
     """Layers with weights that the graph does not call."""
-    called = {str(node.target) for node in traced.graph.nodes if node.op == "call_module"}
+    called = dict.fromkeys(str(node.target) for node in traced.graph.nodes if node.op == "call_module")
     leaves = {id(traced.get_submodule(name)): name for name in called}
     found = []
     for name, module in original.named_modules():
@@ -170,7 +173,7 @@ def _train_notes(original: nn.Module, traced: fx.GraphModule) -> tuple[str, ...]
         inside = any(name == leaf or name.startswith(f"{leaf}.") for leaf in called)
         if is_own and not inside and code is not None and "training" in code.co_names:
             notes.append(
-                f"{name or type(module).__name__}: forward asks for self.training; the result computes there as in eval "
-                "mode even when it trains (use nn.Dropout and the like as modules)"
+                f"{name or type(module).__name__}: forward asks for self.training; the result computes there as in "
+                "eval mode even when it trains (use nn.Dropout and the like as modules)"
             )
     return tuple(notes)

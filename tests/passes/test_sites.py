@@ -1,0 +1,273 @@
+"""Sites: specifications as the layers are and as they are called, and a sentence for every layer that is none."""
+
+# Calling a module returns Any.
+# mypy: disable-error-code="no-any-return"
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import NETWORKS, build
+from torch import Tensor, fx, nn
+
+from tdfx.passes.shape_prop import ShapeProp, TensorMeta, bind
+from tdfx.passes.sites import FindSites, layer_spec
+from tdfx.records.layer import Call, LayerSpec, Site, Skipped
+from tdfx.stages.capture import capture
+
+TRACEABLE = sorted(NETWORKS.keys() - {"vit", "language_model"})
+Found = tuple[tuple[Site, ...], tuple[Skipped, ...]]
+
+
+def find(model: nn.Module, *args: Tensor) -> Found:
+    module = capture(model, args).module
+    return FindSites(ShapeProp(args).run(module)).run(module)
+
+
+def skips(model: nn.Module, *args: Tensor) -> dict[str, str]:
+    sites, skipped = find(model, *args)
+    assert {site.name for site in sites}.isdisjoint(entry.layer for entry in skipped)
+    return {entry.layer: entry.reason for entry in skipped}
+
+
+def observed(module: fx.GraphModule, args: tuple[Tensor, ...]) -> dict[str, list[Call]]:
+    """Shapes of the calls of every Linear and convolution, seen by hooks."""
+    calls: dict[str, list[Call]] = {}
+    handles = [
+        part.register_forward_hook(
+            lambda part, given, output, name=name: calls.setdefault(name, []).append(
+                Call(tuple(given[0].shape), tuple(output.shape))
+            )
+        )
+        for name, part in module.named_modules()
+        if isinstance(part, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)
+    ]
+    with torch.no_grad():
+        module(*args)
+    for handle in handles:
+        handle.remove()
+    return calls
+
+
+@pytest.mark.parametrize("name", TRACEABLE)
+def test_specifications_are_those_of_the_layers_that_run(name: str) -> None:
+    model, args = build(name)
+    module = capture(model, args).module
+    sites, _ = FindSites(ShapeProp(args).run(module)).run(module)
+    calls = observed(module, args)
+    order = [str(node.target) for node in module.graph.nodes if node.op == "call_module"]
+    assert [site.name for site in sites] == list(
+        dict.fromkeys(path for path in order if path in {s.name for s in sites})
+    )
+    for site in sites:
+        layer, spec = module.get_submodule(site.name), site.layer
+        assert (site.kind, spec.kind, spec.name) == (spec.kind, type(layer).__name__.lower(), site.name)
+        assert list(spec.calls) == calls[site.name]
+        assert spec.called_on(tuple(call.input_shape for call in spec.calls)) == spec
+        assert spec.params == sum(parameter.numel() for parameter in layer.parameters())
+        assert spec.weight_bytes == sum(parameter.nbytes for parameter in layer.parameters())
+        positions = sum(math.prod(call.output_shape) for call in spec.calls)
+        assert spec.macs == positions * layer.get_parameter("weight")[0].numel()
+
+
+@pytest.mark.parametrize("name", TRACEABLE)
+def test_every_layer_with_a_weight_matrix_is_a_site_or_has_a_reason(name: str) -> None:
+    model, args = build(name)
+    captured = capture(model, args)
+    sites, skipped = FindSites(ShapeProp(args).run(captured.module)).run(captured.module)
+    named = [*(site.name for site in sites), *(entry.layer for entry in (*captured.skipped, *skipped))]
+    matrices = [path for path, parameter in model.named_parameters() if parameter.dim() >= 2]
+    assert matrices
+    for path in matrices:
+        assert named.count(path.rpartition(".")[0]) + named.count(path) == 1, path
+
+
+def test_options_of_a_convolution() -> None:
+    layer = nn.Conv2d(
+        4, 6, (3, 5), stride=(2, 1), padding=(1, 2), dilation=(1, 2), bias=False, padding_mode="reflect"
+    ).double()
+    assert layer_spec("a.b", layer, ()) == LayerSpec(
+        name="a.b",
+        kind="conv2d",
+        in_channels=4,
+        out_channels=6,
+        kernel_size=(3, 5),
+        stride=(2, 1),
+        padding=(1, 2),
+        padding_mode="reflect",
+        dilation=(1, 2),
+        groups=1,
+        bias=False,
+        dtype="float64",
+    )
+    assert layer_spec("x", nn.Conv1d(4, 6, 3, padding="same", groups=2), ()).padding == "same"
+    assert layer_spec("x", nn.Conv1d(4, 6, 3, groups=2), ()).groups == 2
+    assert layer_spec("x", nn.Conv3d(4, 6, 3), ()).padding == (0, 0, 0)
+
+
+def test_options_of_a_linear_layer() -> None:
+    spec = layer_spec("a", nn.Linear(4, 6, dtype=torch.bfloat16), ())
+    assert spec == LayerSpec("a", "linear", 4, 6, bias=True, dtype="bfloat16")
+
+
+class Subclass(nn.Conv2d):
+    """A stock forward in a class of the user's."""
+
+
+def test_a_subclass_with_a_stock_forward_and_unbatched_inputs_are_sites() -> None:
+    ((site,), skipped) = find(nn.Sequential(Subclass(3, 4, 3)), torch.randn(3, 6, 6))
+    assert site.layer.calls == (Call((3, 6, 6), (4, 4, 4)),)
+    assert site.layer.macs == 16 * 4 * 27
+    assert skipped == ()
+
+
+class Apply(nn.Module):
+    """A function of layers and inputs as a network."""
+
+    def __init__(self, function: Callable[..., Tensor], *layers: nn.Module) -> None:
+        super().__init__()
+        self.function = function
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, *xs: Tensor) -> Tensor:
+        return self.function(*self.layers, *xs)
+
+
+X = torch.randn(2, 4, 6)
+TOKENS = torch.zeros(2, 3, dtype=torch.long)
+
+
+def only(layer: nn.Module) -> nn.Module:
+    return Apply(lambda layer, x: layer(x), layer)
+
+
+def first(layer: nn.Module) -> nn.Module:
+    return Apply(lambda layer, x: layer(x)[0], layer)
+
+
+def attention() -> nn.Module:
+    return Apply(lambda layer, x: layer(x, x, x)[0], nn.MultiheadAttention(6, 2, batch_first=True))
+
+
+class OwnConvolution(nn.Conv1d):
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.conv1d(x, weight / 2, bias)
+
+
+def integer_linear() -> nn.Module:
+    layer = nn.Linear(3, 5, bias=False)
+    layer.weight = nn.Parameter(torch.ones(5, 3, dtype=torch.long), requires_grad=False)
+    return only(layer)
+
+
+UNSUPPORTED: dict[str, tuple[Callable[[], nn.Module], Tensor, str]] = {
+    "grouped": (lambda: only(nn.Conv1d(4, 4, 3, groups=2)), X, "a convolution in 2 groups is not decomposed"),
+    "depthwise": (lambda: only(nn.Conv1d(4, 8, 3, groups=4)), X, "a convolution in 4 groups is not decomposed"),
+    "lstm": (lambda: first(nn.LSTM(6, 3)), X, "LSTM layers are not compressed; Linear and convolution layers are"),
+    "gru": (lambda: first(nn.GRU(6, 3)), X, "GRU layers are not compressed"),
+    "embedding": (lambda: only(nn.Embedding(5, 3)), TOKENS, "Embedding layers are not compressed"),
+    "attention": (attention, X, "MultiheadAttention layers are not compressed"),
+    "transposed": (lambda: only(nn.ConvTranspose1d(4, 3, 3)), X, "ConvTranspose1d layers are not compressed"),
+    "bilinear": (
+        lambda: Apply(lambda layer, x: layer(x, x), nn.Bilinear(6, 6, 3)),
+        X,
+        "Bilinear layers are not compressed",
+    ),
+    "own convolution": (lambda: only(OwnConvolution(4, 4, 3)), X, "OwnConvolution layers are not compressed"),
+    "integers": (integer_linear, TOKENS, "its weight is int64; expected one of float64, float32, float16, bfloat16"),
+}
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_layers_of_other_kinds_are_skipped_with_a_sentence(name: str) -> None:
+    factory, x, reason = UNSUPPORTED[name]
+    assert skips(factory().eval(), x)["layers.0"].startswith(reason)
+
+
+def linears(**shared: str) -> tuple[nn.Linear, nn.Linear]:
+    one, other = nn.Linear(6, 6), nn.Linear(6, 6)
+    for name in shared:
+        setattr(other, name, getattr(one, name))
+    return one, other
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_tied_layers_are_skipped(name: str) -> None:
+    found = skips(Apply(lambda a, b, x: a(b(x)), *linears(**{name: "tied"})), X)
+    assert found == {
+        f"layers.{one}": f"it shares parameters with layers.{other}; a chain for one of them would break the tie"
+        for one, other in ((0, 1), (1, 0))
+    }
+
+
+def test_a_head_tied_to_an_embedding_is_skipped() -> None:
+    embedding, head = nn.Embedding(5, 6), nn.Linear(6, 5, bias=False)
+    head.weight = embedding.weight
+    found = skips(Apply(lambda embedding, head, x: head(embedding(x)), embedding, head), TOKENS)
+    assert found["layers.1"].startswith("it shares parameters with layers.0;")
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_a_layer_whose_parameter_is_read_directly_is_skipped(name: str) -> None:
+    found = skips(Apply(lambda layer, x: layer(x) + getattr(layer, name).sum(), nn.Linear(6, 6)), X)
+    assert found["layers.0"].startswith("it shares parameters with a function in forward;")
+
+
+def test_a_parameter_of_the_network_that_is_a_layers_too() -> None:
+    class Held(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(6, 6)
+            self.kernel = self.layer.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(self.layer(x), self.kernel)
+
+    found = skips(Held(), X)
+    assert found["layer"].startswith("it shares parameters with a function in forward;")
+    assert found["kernel"] == "a parameter used by a function, not by a layer; make it a layer"
+
+
+def test_a_layer_inside_another_that_is_called_too_is_skipped() -> None:
+    layer = nn.TransformerEncoderLayer(6, 2, 8, batch_first=True)
+    found = skips(Apply(lambda layer, x: layer(x) + layer.linear2(layer.linear1(x)), layer).eval(), X)
+    assert found["layers.0.linear1"].startswith("it shares parameters with layers.0;")
+    assert found["layers.0.linear2"].startswith("it shares parameters with layers.0;")
+
+
+def test_a_shared_layer_is_one_site_with_all_its_calls() -> None:
+    model = Apply(lambda layer, x, y: layer(x).sum() + layer(y).sum() + layer(x).sum(), nn.Linear(6, 5))
+    ((site,), _) = find(model, X, torch.randn(3, 6))
+    assert [call.input_shape for call in site.layer.calls] == [(2, 4, 6), (3, 6), (2, 4, 6)]
+    assert site.layer.macs == (8 + 3 + 8) * 30
+
+
+def test_shapes_are_of_every_tensor_and_inputs_are_left_alone() -> None:
+    def write(layer: Any, x: Tensor) -> Tensor:
+        x.mul_(2)
+        return layer(F.dropout(x)).half().max(1).values
+
+    model, x, kept = Apply(write, nn.Linear(6, 5)), X.clone(), torch.random.get_rng_state()
+    module = capture(model, x).module
+    metas = ShapeProp(bind(module, (x,), {})).run(module)
+    assert metas["layers_0"] == TensorMeta((2, 4, 5), torch.float32)
+    assert metas["half"] == TensorMeta((2, 4, 5), torch.float16)
+    assert "max_1" not in metas
+    torch.testing.assert_close(x, X, rtol=0, atol=0)
+    torch.testing.assert_close(torch.random.get_rng_state(), kept, rtol=0, atol=0)
+
+
+def test_inputs_are_bound_in_the_order_of_the_placeholders() -> None:
+    class Named(nn.Module):
+        def forward(self, a: Tensor, b: Tensor, *, c: Tensor) -> Tensor:
+            return a + b + c
+
+    a, b, c = torch.randn(3, 2)
+    module = capture(Named(), (a,), {"c": c, "b": b}).module
+    bound = bind(module, (a,), {"c": c, "b": b})
+    assert all(one is other for one, other in zip(bound, (a, b, c), strict=True))
