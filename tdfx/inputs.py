@@ -49,8 +49,12 @@ def as_kwargs(example_kwargs: object) -> dict[str, Tensor]:
 
 
 def run(module: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor]) -> list[Tensor]:
-    """The module's output tensors, flattened; without gradients, random numbers seeded and the caller's kept."""
+    """The module's output tensors, flattened; without gradients, random numbers seeded and the caller's kept.
+
+    It runs on copies of the inputs, since a module may write into what it is given.
+    """
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        output: Any = module(*args, **kwargs)
+        copies = {name: value.clone() for name, value in kwargs.items()}
+        output: Any = module(*(value.clone() for value in args), **copies)
     return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]

@@ -28,7 +28,7 @@ def find_metric(name: str | None) -> str:
     if name in METRICS:
         return name
     near = difflib.get_close_matches(str(name), METRICS, 1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    hint = f"; did you mean {near[0]!r}?" if near else ";"
     raise OptionError(f"unknown metric {name!r}{hint} known metrics: {', '.join(METRICS)}")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -44,7 +44,11 @@ class Selection:
         Raises:
             OptionError: unknown method or key, or a value of the wrong form.
         """
+        if not isinstance(overrides, Mapping | None):
+            raise OptionError(f"overrides is a {type(overrides).__name__}; expected a dictionary by glob")
         for glob, wishes in (overrides or {}).items():
+            if not isinstance(glob, str):
+                raise OptionError(f"overrides has the key {glob!r}; expected a glob over layer names")
             if not isinstance(wishes, Mapping):
                 raise OptionError(f"overrides[{glob!r}] is a {type(wishes).__name__}; expected a dictionary")
             for key in wishes:
@@ -54,7 +58,12 @@ class Selection:
                 as_rank(wishes["rank"], f"overrides[{glob!r}]['rank']")
             if "methods" in wishes:
                 find_methods(wishes["methods"])
-        return cls(find_methods(methods), _globs(include), _globs(exclude), dict(overrides or {}))
+            if not isinstance(wishes.get("skip", False), bool):
+                raise OptionError(f"overrides[{glob!r}]['skip'] is {wishes['skip']!r}; expected True or False")
+        included = _globs(include, "include")
+        if include is not None and not included:
+            raise OptionError("include is empty; name at least one glob, or leave it out for all layers")
+        return cls(find_methods(methods), included, _globs(exclude, "exclude"), dict(overrides or {}))
 
     def check(self, names: Sequence[str]) -> None:
         """Raises OptionError for a glob that matches none of the model's layers."""
@@ -112,5 +121,8 @@ def _matches(name: str, globs: Sequence[str]) -> bool:
     return any(fnmatchcase(name, glob) for glob in globs)
 
 
-def _globs(value: Sequence[str] | str | None) -> tuple[str, ...]:
-    return () if value is None else (value,) if isinstance(value, str) else tuple(value)
+def _globs(value: Collection[str] | str | None, option: str) -> tuple[str, ...]:
+    globs = () if value is None else (value,) if isinstance(value, str) else value
+    if not isinstance(globs, Collection) or not all(isinstance(glob, str) for glob in globs):
+        raise OptionError(f"{option} is {value!r}; expected a glob over layer names, or several")
+    return tuple(globs)

@@ -23,14 +23,17 @@ def align(header: Sequence[str], rows: Sequence[Sequence[str]], right: Collectio
 def count(value: float) -> str:
     """A number with K, M or G: 12, 3.46K, 41.2M."""
     for unit, size in (("G", 1e9), ("M", 1e6), ("K", 1e3)):
-        if abs(value) >= size:
-            return f"{value / size:.3g}{unit}" if abs(value) < 1000 * size else f"{value / size:.0f}{unit}"
+        # Three digits of 999.6 are 1000, which is one of the next unit.
+        if abs(value) >= 0.9995 * size:
+            return f"{value / size:.3g}{unit}" if abs(value) < 999.5 * size else f"{value / size:.0f}{unit}"
     return f"{value:g}"
 
 
 def seconds(value: float | None) -> str:
-    """Milliseconds, or a dash for None."""
-    return "-" if value is None else f"{1e3 * value:.3g} ms"
+    """Milliseconds, seconds from one on, or a dash for None."""
+    if value is None:
+        return "-"
+    return f"{1e3 * value:.3g} ms" if value < 0.9995 else f"{value:.3g} s"
 
 
 def share(part: float, whole: float) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from typing import Any, TypeVar
@@ -37,6 +38,9 @@ class Plan:
         structure: fingerprint of the model's names, shapes and options.
         weights: fingerprint of its weights.
         notes: what the user should know, e.g. that ranks off the grid were needed.
+
+    Raises:
+        PlanError: a site has several candidates, or a candidate and a skip.
     """
 
     candidates: tuple[Candidate, ...]
@@ -54,6 +58,15 @@ class Plan:
     structure: str
     weights: str
     notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        names = [candidate.site for candidate in self.candidates]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise PlanError(f"the plan has more than one candidate for {', '.join(twice)}; keep one each")
+        both = [entry.layer for entry in self.skipped if entry.layer in names]
+        if both:
+            raise PlanError(f"the plan both skips and has a candidate for {', '.join(both)}; keep one of the two")
 
     def __str__(self) -> str:
         header = ("layer", "method", "rank", "params", "macs", "latency", "error")
@@ -88,23 +101,18 @@ class Plan:
         """Reads what ``to_json`` wrote or a person edited.
 
         Raises:
-            PlanError: naming the field that is missing, unknown or of the wrong type, or the version.
+            PlanError: naming the field that is missing, unknown or of the wrong type, the version, or the site.
         """
         try:
             values = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise PlanError(f"the plan is no JSON: {error}") from error
         if not isinstance(values, dict):
             raise PlanError(f"the plan is a JSON {type(values).__name__}; expected an object")
         version = values.pop("version", None)
-        if version != VERSION:
+        if not _is_int(version) or version != VERSION:
             raise PlanError(f"the plan has version {version!r}; this tdfx reads version {VERSION}: make the plan anew")
-        plan = _read(cls, values, "plan")
-        names = [candidate.site for candidate in plan.candidates]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise PlanError(f"the plan has more than one candidate for {', '.join(twice)}; keep one each")
-        return plan
+        return _read(cls, values, "plan")
 
 
 def _read(record: type[T], values: object, where: str) -> T:
@@ -115,11 +123,9 @@ def _read(record: type[T], values: object, where: str) -> T:
     unknown = [name for name in values if name not in known]
     missing = [name for name in known if name not in values and name not in ("notes", "caveat")]
     if unknown or missing:
-        raise PlanError(
-            f"{where}: " + "; ".join(
-                f"{what} {', '.join(map(repr, names))}" for what, names in (("unknown", unknown), ("missing", missing)) if names
-            ) + f"; expected are {', '.join(known)}"
-        )  # fmt: skip
+        named = (("unknown", unknown), ("missing", missing))
+        problems = "; ".join(f"{what} {', '.join(map(repr, names))}" for what, names in named if names)
+        raise PlanError(f"{where}: {problems}; expected are {', '.join(known)}")
     return record(**{name: _value(str(known[name].type), value, f"{where}.{name}") for name, value in values.items()})
 
 
@@ -137,11 +143,16 @@ def _value(kind: str, value: object, where: str) -> Any:
     convert, expected = _SCALARS[kind]
     if not convert(value):
         raise PlanError(f"{where} is {value!r}; expected {expected}")
-    return float(value) if kind == "float" else value  # type: ignore[arg-type]
+    return value
 
 
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_number(value: object) -> bool:
+    # JSON has no bounds and Python's reader takes NaN and Infinity.
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= sys.float_info.max
 
 
 _RECORDS: dict[str, type] = {"Candidate": Candidate, "Cost": Cost, "Skipped": Skipped}
@@ -150,5 +161,5 @@ _SCALARS: dict[str, tuple[Callable[[object], bool], str]] = {
     "bool": (lambda value: isinstance(value, bool), "true or false"),
     "int": (_is_int, "a whole number of 0 or more"),
     "rank": (lambda value: _is_int(value) and value != 0, "a positive whole number"),
-    "float": (lambda value: isinstance(value, float) or _is_int(value), "a number"),
+    "float": (_is_number, "a finite number of 0 or more"),
 }

@@ -15,7 +15,8 @@ from tdfx.decompositions import registry
 from tdfx.decompositions.base import Factors
 from tdfx.errors import OptionError, PlanError, VerificationError
 from tdfx.inputs import Inputs, run
-from tdfx.metrics import error_scale
+from tdfx.metrics import error_scale, find_metric
+from tdfx.passes.base import layer_at
 from tdfx.passes.candidates import chain_cost, site_weight
 from tdfx.passes.count import network_cost
 from tdfx.passes.factorize import Factorize, Replacement
@@ -48,7 +49,7 @@ def apply(
 ) -> Result:
     """Decomposes the layers as a plan says and splices the factors into a copy of the model.
 
-    Costs and errors in the returned plan are computed anew from site, method and rank, so a plan edited by hand is fine.
+    Costs and errors in the returned plan are computed anew from site, method and rank: a plan edited by hand is fine.
 
     Args:
         model: the model the plan was made for.
@@ -69,10 +70,10 @@ def apply(
         VerificationError: a chain does not compute its layer; names the layer.
         InputError, CaptureError, WeightError: as for ``capture``.
     """
-    if verify not in VERIFY:
-        raise OptionError(f"verify is {verify!r}; expected one of {', '.join(map(repr, VERIFY))}")
+    check_verify(verify)
+    target, metric = _target_and_metric(plan)
     if moments is not None:
-        raise PlanError(f"the plan's metric is {plan.metric}, which takes no moments; leave moments out")
+        raise PlanError(f"the plan's metric is {metric}, which takes no moments; leave moments out")
     started = time.perf_counter()
     captured = capture(model, example_inputs, example_kwargs, trainable=plan.trainable)
     _check_fingerprints(plan, captured, weights=factors is None)
@@ -82,16 +83,16 @@ def apply(
     captured_s = time.perf_counter() - started
 
     started = time.perf_counter()
-    target = find_target(plan.target)
-    candidates, replacements = [], {}
-    for candidate in plan.candidates:
-        site = sites[candidate.site]
+    candidates: list[Candidate] = []
+    replacements: dict[str, Replacement] = {}
+    for edited in plan.candidates:
+        site = sites[edited.site]
+        candidate = replace(edited, metric=metric)
         if candidate.is_dense:
-            candidates.append(replace(candidate, cost=layer_cost(site.layer, target), error=0.0))
+            candidates.append(replace(candidate, rank=(), cost=layer_cost(site.layer, target), error=0.0, caveat=""))
             continue
-        updated, chain = _factorized(captured, site, candidate, plan, target, factors)
+        updated, replacements[site.name] = _factorized(captured, site, candidate, plan.seed, target, factors)
         candidates.append(updated)
-        replacements[site.name] = Replacement(candidate.method, chain)
     compressed = Factorize(replacements).run(module)
     if factors is not None:
         _load(compressed, factors)
@@ -108,6 +109,7 @@ def apply(
 
     carried_out = replace(
         plan,
+        metric=metric,
         candidates=tuple(candidates),
         before=cost_before(captured, target),
         after=sum((c.cost for c in candidates), start=rest_cost(captured, tuple(sites.values()), target)),
@@ -126,6 +128,19 @@ def apply(
         versions={"tdfx": VERSION, "torch": torch.__version__, "python": platform.python_version()},
     )
     return Result(compressed, carried_out, carried_out.before, after, plan.skipped, report)
+
+
+def check_verify(verify: str) -> None:
+    """Raises OptionError unless ``apply`` knows this level of verification."""
+    if verify not in VERIFY:
+        raise OptionError(f"verify is {verify!r}; expected one of {', '.join(map(repr, VERIFY))}")
+
+
+def _target_and_metric(plan: Plan) -> tuple[Target | None, str]:
+    try:
+        return find_target(plan.target), find_metric(plan.metric)
+    except OptionError as error:
+        raise PlanError(f"the plan cannot be carried out: {error}") from error
 
 
 def _check_fingerprints(plan: Plan, captured: Capture, *, weights: bool) -> None:
@@ -182,23 +197,23 @@ def _factorized(
     captured: Capture,
     site: Site,
     candidate: Candidate,
-    plan: Plan,
+    seed: int,
     target: Target | None,
     factors: Mapping[str, Tensor] | None,
-) -> tuple[Candidate, nn.Sequential]:
-    """The candidate with its cost and error as they are, and its chain."""
+) -> tuple[Candidate, Replacement]:
+    """The candidate with its cost and error as they are, and what takes the site's place."""
     method = registry()[candidate.method]
     cost = chain_cost(method, site, candidate.rank, target)
-    layer = captured.module.get_submodule(site.name)
+    error = candidate.error
     if factors is not None:
-        stored = _stored_factors(method.chain(site, candidate.rank), f"{site.name}.{candidate.method}", factors)
-        return replace(candidate, cost=cost), method.build(site, candidate.rank, stored, layer.bias)  # type: ignore[arg-type]
-    weight = site_weight(captured.module, site)
-    found = method.decompose(weight, candidate.rank, seed=plan.seed)
-    norm = float(torch.linalg.vector_norm(weight - method.reconstruct(found)))
-    error = norm / error_scale(plan.metric, weight)
-    chain = method.build(site, candidate.rank, found, layer.bias)  # type: ignore[arg-type]
-    return replace(candidate, cost=cost, error=error, metric=plan.metric), chain
+        found = _stored_factors(method.chain(site, candidate.rank), f"{site.name}.{candidate.method}", factors)
+    else:
+        weight = site_weight(captured.module, site)
+        found = method.decompose(weight, candidate.rank, seed=seed)
+        norm = float(torch.linalg.vector_norm(weight - method.reconstruct(found)))
+        error = norm / error_scale(candidate.metric, weight)
+    chain = method.build(site, candidate.rank, found, layer_at(captured.module, site.name).bias)
+    return replace(candidate, cost=cost, error=error), Replacement(method.name, chain, found)
 
 
 def _stored_factors(chain: Sequence[Any], prefix: str, factors: Mapping[str, Tensor]) -> Factors:
@@ -206,12 +221,12 @@ def _stored_factors(chain: Sequence[Any], prefix: str, factors: Mapping[str, Ten
     for spec in chain:
         name = f"{prefix}.{spec.name}.weight"
         tensor = factors.get(name)
-        if tensor is None or tuple(tensor.shape) != spec.weight_shape:
-            found = "no such tensor" if tensor is None else f"shape {tuple(tensor.shape)}"
+        if not isinstance(tensor, Tensor) or tuple(tensor.shape) != spec.weight_shape:
+            found = f"shape {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else "no such tensor"
             raise PlanError(
                 f"factors: {name}: found {found}, expected shape {spec.weight_shape}; are they of this plan?"
             )
-        stored.append(tensor)
+        stored.append(tensor.detach().clone())  # the result must not share memory with where they come from
     return tuple(stored)
 
 
@@ -244,7 +259,6 @@ def _verify_network(captured: Capture, compressed: nn.Module, replacements: Mapp
 def _check_cost(planned: Cost, counted: Cost) -> None:
     """What was planned must be what the result, counted as a network, costs."""
     for name in ("params", "macs", "weight_bytes"):
-        if getattr(planned, name) != getattr(counted, name):
-            raise VerificationError(
-                f"the result has {getattr(counted, name)} {name}, the plan says {getattr(planned, name)}; report the model"
-            )
+        wanted, found = getattr(planned, name), getattr(counted, name)
+        if wanted != found:
+            raise VerificationError(f"the result has {found} {name}, the plan says {wanted}; report the model")

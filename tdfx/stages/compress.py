@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from tdfx.budget import Budget
 from tdfx.errors import BudgetError
 from tdfx.inputs import Inputs
+from tdfx.planner import find_planner
 from tdfx.progress import Report as ProgressReport
 from tdfx.records.result import Result
-from tdfx.stages.apply import apply
+from tdfx.stages.apply import apply, check_verify
 from tdfx.stages.capture import capture
 from tdfx.stages.plan import plan
 from tdfx.stages.profile import profile
@@ -56,7 +57,8 @@ def compress(
         overrides: ``{glob: {"methods": [...], "rank": r, "skip": True}}``.
         metric: "weight:absolute", "weight:relative" (None) or "weight:scaled".
         planner: name of a planner.
-        target: runtime the result is meant for; chains estimated slower than dense there are not offered. None: no estimate.
+        target: runtime the result is meant for, so that chains estimated slower than dense are not offered; None for no
+            estimate.
         rank_multiple: None for the target's grid, 1 for free ranks.
         trainable: keep BatchNorm and Dropout for fine-tuning.
         verify: "plan", or "full" to check every method at full rank too.
@@ -77,6 +79,8 @@ def compress(
     if budget is None:
         raise BudgetError('no budget given; expected one such as budget="flops=50%" or budget="params=2M,flops=1.2G"')
     parsed = budget if isinstance(budget, Budget) else Budget.parse(budget)
+    find_planner(planner)  # options of the last stages, before the slow ones
+    check_verify(verify)
     started = time.perf_counter()
     captured = capture(model, example_inputs, example_kwargs, trainable=trainable)
     profiled = profile(

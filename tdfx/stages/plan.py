@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -14,7 +15,8 @@ from tdfx.records.candidate import Candidate
 from tdfx.records.cost import Cost
 from tdfx.records.plan import Plan
 from tdfx.records.profile import Profile
-from tdfx.tables import share
+
+_MOST = int(np.iinfo(np.int64).max)  # planners count in 64 bits; no network reaches that
 
 
 def plan(profile: Profile, budget: str | Budget, *, planner: str = "knapsack") -> Plan:
@@ -36,7 +38,7 @@ def plan(profile: Profile, budget: str | Budget, *, planner: str = "knapsack") -
     """
     budget = Budget.parse(budget) if not isinstance(budget, Budget) else budget
     solve = find_planner(planner)
-    limits = budget.resolve(profile.before)
+    limits = {resource: min(amount, _MOST) for resource, amount in budget.resolve(profile.before).items()}
     notes: tuple[str, ...] = ()
     plain = [[c for c in profile.of_site(site.name) if not c.caveat] for site in profile.sites]
     try:
@@ -46,7 +48,7 @@ def plan(profile: Profile, budget: str | Budget, *, planner: str = "knapsack") -
         try:
             chosen = _choose(solve, everything, profile.rest, limits)
         except Infeasible as error:
-            raise _unreachable(budget, limits, profile.before, error) from None
+            raise _unreachable(budget, limits, profile, error) from None
         notes = _caveats(chosen, budget)
     return Plan(
         candidates=tuple(chosen),
@@ -92,15 +94,20 @@ def _caveats(chosen: Sequence[Candidate], budget: Budget) -> tuple[str, ...]:
     )
 
 
-def _unreachable(budget: Budget, limits: Mapping[str, int], before: Cost, error: Infeasible) -> BudgetError:
-    least = dict(zip(limits, error.least, strict=True))
+def _unreachable(budget: Budget, limits: Mapping[str, int], profile: Profile, error: Infeasible) -> BudgetError:
+    asked, lowest = _cost(limits), _cost(dict(zip(limits, error.least, strict=True)))
+    least = {limit.resource: RESOURCES[limit.resource](lowest) for limit in budget.limits}
+    # Rounded up, so that what the message says is reachable indeed.
     amounts = "; ".join(
-        f"{resource}: asked {limits[resource]}, least reachable {amount} ({share(amount, RESOURCES[resource](before))})"
+        f"{resource}: asked {RESOURCES[resource](asked)}, least reachable on its own {amount} "
+        f"({-(-1000 * amount // RESOURCES[resource](profile.before)) / 10}%)"
         for resource, amount in least.items()
     )
-    return BudgetError(
-        f"budget {budget} is not reachable ({amounts}, each on its own; all together with limits {error.scale:.4g} times "
-        "as large). Raise the budget, allow more methods or layers, or set rank_multiple=1",
-        least=least | ({"flops": 2 * least["macs"]} if "macs" in least else {}),
-        scale=error.scale,
-    )
+    if error.scale < math.inf:
+        amounts += f"; all together within {math.ceil(1e3 * error.scale) / 1e3} times what was asked"
+    advice = "Raise the budget, allow more methods or layers" + ", or set rank_multiple=1" * (profile.rank_multiple > 1)
+    return BudgetError(f"budget {budget} is not reachable ({amounts}). {advice}", least=least, scale=error.scale)
+
+
+def _cost(limits: Mapping[str, int]) -> Cost:
+    return Cost(limits.get("params", 0), limits.get("macs", 0), limits.get("bytes", 0))

@@ -47,7 +47,7 @@ def profile(
         metric: of the errors, "weight:absolute", "weight:relative" (None) or "weight:scaled".
         target: runtime whose latency is estimated, so that slower chains are not offered; None for no estimate.
         rank_multiple: ranks offered are multiples of this; None for the target's grid (16 for "ort-cpu").
-        seed: of the decompositions.
+        seed: of the decompositions, 0 or more.
         cache_dir: folder that keeps errors between runs; an interrupted run goes on from it.
         progress: a function, True, False, or None for a bar on terminals only.
 
@@ -60,10 +60,12 @@ def profile(
     """
     runtime = find_target(target)
     multiple = _rank_multiple(rank_multiple, runtime)
+    if not _is_int(seed) or seed < 0:
+        raise OptionError(f"seed is {seed!r}; expected a whole number of 0 or more")
     selection = Selection.of(methods, include, exclude, overrides)
     module = captured.module
     sites, skipped = FindSites(ShapeProp(bind(module, captured.args, captured.kwargs)).run(module)).run(module)
-    selection.check([*(site.name for site in sites), *(entry.layer for entry in skipped)])
+    selection.check([*(site.name for site in sites), *(entry.layer for entry in (*skipped, *captured.skipped))])
     unwanted = [entry for site in sites if (entry := selection.reason_to_skip(site)) is not None]
     wanted = tuple(site for site in sites if site.name not in {entry.layer for entry in unwanted})
     with reporter(progress) as report:
@@ -105,8 +107,12 @@ def rest_cost(captured: Capture, sites: Sequence[Site], target: Target | None) -
 def _rank_multiple(rank_multiple: int | None, target: Target | None) -> int:
     if rank_multiple is None:
         return 1 if target is None else target.rank_grid
-    if not isinstance(rank_multiple, int) or isinstance(rank_multiple, bool) or rank_multiple < 1:
+    if not _is_int(rank_multiple) or rank_multiple < 1:
         raise OptionError(
             f"rank_multiple is {rank_multiple!r}; expected a positive integer, or None for the target's grid"
         )
     return rank_multiple
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
