@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -68,7 +69,7 @@ def images(folder: Path, split: str) -> tuple[Tensor, Tensor]:
     """Normalised images (n, 3, 32, 32) and labels (n,) of the split "train" or "test"."""
     with np.load(folder / f"cifar10_jpeg_{split}.npz") as archive:
         data, offsets, labels = archive["jpeg"].tobytes(), archive["offsets"], archive["labels"]
-    files = (data[start:end] for start, end in zip(offsets[:-1], offsets[1:], strict=True))
+    files = (data[start:end] for start, end in pairwise(offsets))
     pixels = np.stack([np.asarray(Image.open(io.BytesIO(file)).convert("RGB")) for file in files])
     normalised = (torch.from_numpy(pixels).float() / 255 - MEAN) / STD
     return normalised.permute(0, 3, 1, 2).contiguous(), torch.from_numpy(labels.astype(np.int64))

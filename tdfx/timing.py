@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,12 +38,11 @@ def interleaved_medians(
     """
     sessions = [open_session(file, threads) for file in files]
     feeds = [dict(zip((value.name for value in s.get_inputs()), inputs, strict=True)) for s in sessions]
-    times = np.zeros((rounds, len(sessions)))
+    times = np.zeros((WARM_UP + rounds, len(sessions)))
     order = list(range(len(sessions)))
-    for turn in range(-WARM_UP, rounds):
+    for turn in range(len(times)):
         for index in order if turn % 2 else reversed(order):
             started = time.perf_counter()
             sessions[index].run(None, feeds[index])
-            if turn >= 0:
-                times[turn, index] = time.perf_counter() - started
-    return tuple(statistics.median(column) for column in times.T.tolist())
+            times[turn, index] = time.perf_counter() - started
+    return tuple(np.median(times[WARM_UP:], axis=0).tolist())

@@ -26,7 +26,7 @@ class Report:
         tier: how the graph was captured: "fx".
         timings_s: seconds by stage.
         verification: largest relative differences found: "capture" (graph against model), "network" (result against
-            the network with reconstructed weights), "chains" by layer, and "full_rank" by layer and method if asked for.
+            the network with reconstructed weights), "chains" by layer, "full_rank" by layer and method if asked for.
         notes: what the user should know.
         versions: of tdfx, torch and Python.
     """
@@ -54,10 +54,9 @@ class Report:
         ):
             lines.append(f"{name:13}{count(old)} -> {count(new)} ({share(new, old)})")
         if self.before.latency_s is not None and self.after.latency_s is not None:
-            times = f"{seconds(self.before.latency_s)} -> {seconds(self.after.latency_s)}"
-            lines.append(
-                f"{'latency':13}{times} ({share(self.after.latency_s, self.before.latency_s)}, {self.plan.latency_source})"
-            )
+            old_s, new_s = self.before.latency_s, self.after.latency_s
+            source = self.plan.latency_source
+            lines.append(f"{'latency':13}{seconds(old_s)} -> {seconds(new_s)} ({share(new_s, old_s)}, {source})")
         lines += [f"skipped {entry.layer}: {entry.reason}" for entry in self.skipped]
         lines += [f"note: {note}" for note in self.notes if note not in self.plan.notes]
         return "\n".join(lines)
