@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import ClassVar
@@ -58,8 +59,10 @@ class Decomposition(ABC):
     def ranks(self, site: Site, multiple: int = 1) -> tuple[Rank, ...]:
         """Ranks worth offering, ascending: multiples of ``multiple`` that cost less than the dense layer."""
         (most,) = self.full_rank(site)
-        cheaper = [(r,) for r in range(multiple, most + 1, multiple) if self.saves(site, (r,))]
-        return tuple(cheaper[i] for i in spaced(0, len(cheaper) - 1, 1, self.max_ranks))
+        grid = range(multiple, most + 1, multiple)
+        # Costs grow with the rank, so those that save anything come first.
+        cheaper = bisect_left(grid, True, key=lambda rank: not self.saves(site, (rank,)))
+        return tuple((grid[index],) for index in spaced(0, cheaper - 1, 1, self.max_ranks))
 
     def ranks_below(self, site: Site, multiple: int) -> tuple[Rank, ...]:
         """Powers of two under a grid of ``multiple``, equal in all modes: the cheapest the method can be made."""

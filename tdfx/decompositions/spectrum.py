@@ -8,14 +8,14 @@ from torch import Tensor
 EXACT_UP_TO = 512  # smaller side up to which the full SVD is cheap
 
 
-def thin_svd(matrix: Tensor, *, exact: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+def thin_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """U, S, V^T of a float64 matrix (m, n), k = min(m, n), singular values descending.
 
     Above ``EXACT_UP_TO`` columns and rows the eigenvectors of the smaller Gram matrix are used: about ten times
-    faster; singular values below 1e-8 of the largest are then noise, U * S is still exactly the projection M V.
-    ``exact`` asks for the SVD proper at any size.
+    faster. U * S is then the projection M V on an orthonormal V, so what truncation leaves is still exact, and at most
+    1e-8 of the largest singular value above the least.
     """
-    if exact or min(matrix.shape) <= EXACT_UP_TO:
+    if min(matrix.shape) <= EXACT_UP_TO:
         u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
         return u, s, vt
     if matrix.shape[0] < matrix.shape[1]:

@@ -16,8 +16,6 @@ from tdfx.records.cost import Cost
 from tdfx.records.plan import Plan
 from tdfx.records.profile import Profile
 
-_MOST = int(np.iinfo(np.int64).max)  # planners count in 64 bits; no network reaches that
-
 
 def plan(profile: Profile, budget: str | Budget, *, planner: str = "knapsack") -> Plan:
     """Chooses a candidate for every site: total cost within the budget, total squared error least.
@@ -38,7 +36,7 @@ def plan(profile: Profile, budget: str | Budget, *, planner: str = "knapsack") -
     """
     budget = Budget.parse(budget) if not isinstance(budget, Budget) else budget
     solve = find_planner(planner)
-    limits = {resource: min(amount, _MOST) for resource, amount in budget.resolve(profile.before).items()}
+    limits = budget.resolve(profile.before)
     notes: tuple[str, ...] = ()
     plain = [[c for c in profile.of_site(site.name) if not c.caveat] for site in profile.sites]
     try:

@@ -14,6 +14,7 @@ from torch import Tensor
 from tdfx.decompositions import registry, spectrum
 from tdfx.decompositions.base import Decomposition, balance, spaced
 from tdfx.decompositions.spectrum import leading_basis, tail_norms, thin_svd
+from tdfx.records.layer import LayerSpec, Site
 
 SVD, SPATIAL_SVD, TUCKER2, CP = (registry()[name] for name in ("svd", "spatial_svd", "tucker2", "cp"))
 
@@ -107,6 +108,23 @@ def test_what_tucker_leaves_is_the_norm_that_the_core_lacks(rank: tuple[int, int
     size = norm(core) * float(reduce[0].norm() * expand[:, 0].norm())  # of the core between orthonormal bases
     lacking = norm(weight) ** 2 - size**2
     assert error(TUCKER2, weight, *rank) ** 2 == pytest.approx(lacking, rel=1e-9)
+
+
+def test_tuckers_shortlist_is_the_front_of_cost_and_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = LayerSpec("conv", "conv2d", 16, 12, (3, 3), (1, 1), (1, 1), dilation=(1, 1))
+    site = Site.of(layer.called_on(((1, 16, 8, 8),)))
+    ranks, weight = TUCKER2.ranks(site), trained_like(12, 16, 3, 3)
+    monkeypatch.setattr(type(TUCKER2), "max_ranks", len(ranks))
+    macs = {rank: sum(part.macs for part in TUCKER2.chain(site, rank)) for rank in ranks}
+    errors = dict(zip(ranks, TUCKER2.errors(weight, ranks), strict=True))
+    front = TUCKER2.shortlist(site, weight, ranks)
+    assert 10 < len(front) < len(ranks)
+    for cheap, dear in pairwise(front):
+        assert macs[cheap] < macs[dear]
+        assert errors[cheap] > errors[dear]
+    for rank in ranks:  # HOOI lowers HOSVD's errors, by which ranks are listed, by a little
+        assert any(macs[kept] <= macs[rank] and errors[kept] <= 1.01 * errors[rank] for kept in front)
+    assert len(TUCKER2.shortlist(site, torch.zeros_like(weight), ranks)) == 1
 
 
 @pytest.mark.filterwarnings("ignore:Trying to compute SVD with n_eigenvecs:UserWarning")

@@ -146,6 +146,9 @@ def test_activations_that_a_model_keeps_do_not_stand_in_the_way() -> None:
     assert not model.kept.is_leaf
     same(trace(model, X)(X), expected)
     assert model.kept is expected
+    copied: Any = isolate(model)[0]
+    same(copied.kept, expected)
+    assert copied.kept.data_ptr() != expected.data_ptr()
 
 
 def test_a_model_that_cannot_be_copied_is_refused() -> None:

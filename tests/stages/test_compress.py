@@ -192,6 +192,11 @@ def test_a_budget_that_is_not_understood_says_what_is(budget: Any, monkeypatch: 
         small(budget)
 
 
+def test_no_budget_is_said_to_be_none() -> None:
+    with pytest.raises(BudgetError, match=r'no budget given; expected one such as budget="flops=50%"'):
+        compress(network(), X)
+
+
 def test_a_budget_record_does_as_well() -> None:
     assert small(Budget.parse("flops=70%")).plan == result().plan
 

@@ -200,6 +200,8 @@ def test_a_layer_that_no_method_helps_is_skipped_with_reasons() -> None:
     assert [(entry.layer, entry.reason) for entry in found.skipped] == [
         ("0", "kernel is 3x3; svd takes linear layers and 1x1 convolutions")
     ]
+    everything = small()
+    assert found.rest.macs == everything.rest.macs + everything.of_site("0")[0].cost.macs
     tiny = profile(capture(nn.Linear(1, 1), torch.zeros(2, 1)))
     assert tiny.sites == () and tiny.candidates == ()
 
