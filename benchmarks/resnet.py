@@ -85,7 +85,7 @@ def compress_all(
             try:
                 result = tdfx.apply(model, example, tdfx.plan(profiled, f"flops={share}%"))
             except tdfx.BudgetError as error:
-                rows.append((f"{share}%", f"least {error.least['macs'] / profiled.before.macs:.1%}", *["-"] * 4))
+                rows.append((f"{share}%", f"least {error.least['flops'] / profiled.before.flops:.1%}", *["-"] * 4))
                 continue
             seconds = profile_s + time.perf_counter() - started
             compressed = Path(folder) / f"{share}.onnx"

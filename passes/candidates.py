@@ -14,7 +14,7 @@ from tdfx.errors import OptionError, WeightError
 from tdfx.fingerprint import tensor_digest
 from tdfx.metrics import error_scale
 from tdfx.passes.base import AnalysisPass, layer_at
-from tdfx.records.candidate import DENSE, Candidate, format_rank
+from tdfx.records.candidate import DENSE, SLOWER, Candidate, format_rank
 from tdfx.records.cost import Cost
 from tdfx.records.layer import Rank, Site, Skipped
 from tdfx.selection import Selection
@@ -99,11 +99,10 @@ class FindCandidates(AnalysisPass[tuple[tuple[Candidate, ...], tuple[Skipped, ..
         return [norm / scale for norm in norms]
 
     def _caveat(self, rank: Rank, cost: Cost, dense: Cost) -> str:
-        if any(r % self.rank_multiple for r in rank):
-            return f"rank off the grid of {self.rank_multiple}"
+        caveats = [f"rank off the grid of {self.rank_multiple}"] if any(r % self.rank_multiple for r in rank) else []
         if cost.latency_s is not None and dense.latency_s is not None and cost.latency_s >= dense.latency_s:
-            return "estimated slower than dense"
-        return ""
+            caveats.append(SLOWER)
+        return " and ".join(caveats)
 
 
 def chain_cost(method: Decomposition, site: Site, rank: Rank, target: Target | None) -> Cost:

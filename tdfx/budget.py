@@ -114,7 +114,7 @@ class Budget:
         Raises:
             BudgetError: the text is not understood; the message says what was found and what is.
         """
-        if not isinstance(text, str) or not text.strip():
+        if not isinstance(text, str):
             raise _refusal(f"expected text, found {text!r}")
         return cls(tuple(Limit.parse(part) for part in text.split(",")))
 

@@ -85,7 +85,7 @@ def test_round_trip_keeps_every_digit() -> None:
         ("flops=50%,", "expected resource=amount, found ''"),
         ("50%", "expected resource=amount, found '50%'"),
         ("params=1M,params=2M", "each resource once, found 'params=1M,params=2M'"),
-        ("", "found ''"),
+        ("", "expected resource=amount, found ''"),
         (" ", "found ' '"),
         (None, "found None"),
         (0.5, "found 0.5"),
@@ -108,6 +108,11 @@ def test_limit_refuses_what_is_no_finite_decimal(amount: Decimal) -> None:
         Limit("flops", amount, True)
 
 
+def test_limit_refuses_an_unknown_resource() -> None:
+    with pytest.raises(BudgetError, match="unknown resource 'mac'; did you mean 'macs'"):
+        Limit("mac", Decimal("0.5"), True)
+
+
 def test_budget_refuses_no_limits() -> None:
     with pytest.raises(BudgetError, match="at least one limit"):
         Budget(())
@@ -128,6 +133,7 @@ def test_the_example_in_the_messages_is_understood() -> None:
         ("macs=99.9999999999999%", {"macs": 10**15 - 1}),
         ("flops=1001", {"macs": 500}),
         ("flops=1G,macs=400M", {"macs": 400_000_000}),
+        ("flops=1G,macs=600M", {"macs": 500_000_000}),
         ("macs=600M,flops=1G", {"macs": 500_000_000}),
         ("params=50%", {"params": 500}),
         ("params=1.5", {"params": 1}),

@@ -110,23 +110,22 @@ class _Table:
 
 def _least_value(table: _Table, limits: IntArray) -> IntArray | None:
     """Rows of a choice of least value, None if no choice is within the limits."""
-    best, best_value = None, math.inf
+    best = None
     gap = 0.01  # A quick first choice rules many candidates out.
-    rows = _reduce(table, _undominated(table), limits, best_value)
+    rows = _reduce(table, _undominated(table), limits, math.inf)
     while rows is not None:
         left = table.at(rows)
         choice = _choose(left, limits, gap)
         if choice is None:
             break
-        value = float(left.value[choice].sum())
-        if value < best_value:
-            best, best_value = rows[choice], value
+        best = rows[choice]
         # The absolute gap was 1e-9 of the largest value: close enough unless the choice is far below that.
-        above = best_value - float(left.least_value.sum())
+        value = float(left.value[choice].sum())
+        above = value - float(left.least_value.sum())
         if above <= 0 or (not gap and above >= left.largest_value / 10):
             break
         gap = 0.0
-        rows = _reduce(table, rows, limits, best_value)
+        rows = _reduce(table, rows, limits, value)
     return best
 
 
@@ -212,8 +211,7 @@ def _highs(
             integrality=np.repeat([1, int(integer)], [n, auxiliary]),
             bounds=Bounds(0, np.repeat([1, sites], [n, auxiliary])),
             constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(matrix, ub=bounds)],
-            # Presolve takes fractions that differ by 1e-7 for equal, and HiGHS then fails; integers are safe.
-            options={"mip_rel_gap": gap, "presolve": integer},
+            options={"mip_rel_gap": gap},
         )
     if result.status not in (0, 2):
         raise RuntimeError(f"HiGHS failed: {result.message}")

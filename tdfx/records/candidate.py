@@ -8,6 +8,7 @@ from tdfx.records.cost import Cost
 from tdfx.records.layer import Rank
 
 DENSE = "dense"
+SLOWER = "estimated slower than dense"
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -11,16 +11,25 @@ from tdfx.budget import RESOURCES, Budget
 from tdfx.errors import BudgetError
 from tdfx.metrics import contribution
 from tdfx.planner import Infeasible, IntArray, Planner, find_planner
-from tdfx.records.candidate import Candidate
+from tdfx.records.candidate import SLOWER, Candidate
 from tdfx.records.cost import Cost
 from tdfx.records.plan import Plan
 from tdfx.records.profile import Profile
 
 
+# Who is offered, from one try to the next; each contains the one before.
+TIERS: tuple[Callable[[Candidate], bool], ...] = (
+    lambda candidate: not candidate.caveat,
+    lambda candidate: SLOWER not in candidate.caveat,
+    lambda candidate: True,
+)
+
+
 def plan(profile: Profile, budget: str | Budget, *, planner: str = "knapsack") -> Plan:
     """Chooses a candidate for every site: total cost within the budget, total squared error least.
 
-    Candidates with a caveat are considered only if the budget cannot be met without them; the plan's notes say so.
+    Candidates with a caveat are considered only if the budget cannot be met without them, those estimated slower than
+    dense only if it cannot be met with ranks off the grid either; the plan's notes say so.
 
     Args:
         profile: what ``profile`` returned.
@@ -37,17 +46,15 @@ def plan(profile: Profile, budget: str | Budget, *, planner: str = "knapsack") -
     budget = Budget.parse(budget) if not isinstance(budget, Budget) else budget
     solve = find_planner(planner)
     limits = budget.resolve(profile.before)
-    notes: tuple[str, ...] = ()
-    plain = [[c for c in profile.of_site(site.name) if not c.caveat] for site in profile.sites]
-    try:
-        chosen = _choose(solve, plain, profile.rest, limits)
-    except Infeasible:
-        everything = [list(profile.of_site(site.name)) for site in profile.sites]
+    for is_offered in TIERS:
+        offered = [[c for c in profile.of_site(site.name) if is_offered(c)] for site in profile.sites]
         try:
-            chosen = _choose(solve, everything, profile.rest, limits)
+            chosen = _choose(solve, offered, profile.rest, limits)
+            break
         except Infeasible as error:
-            raise _unreachable(budget, limits, profile, error) from None
-        notes = _caveats(chosen, budget)
+            least = error
+    else:
+        raise _unreachable(budget, limits, profile, least)
     return Plan(
         candidates=tuple(chosen),
         skipped=profile.skipped,
@@ -63,7 +70,7 @@ def plan(profile: Profile, budget: str | Budget, *, planner: str = "knapsack") -
         latency_source=profile.latency_source,
         structure=profile.structure,
         weights=profile.weights,
-        notes=notes,
+        notes=_caveats(chosen, budget),
     )
 
 

@@ -92,7 +92,7 @@ def test_a_convolution_is_described_as_its_layer_describes_itself() -> None:
 
 def test_a_transposed_convolution_multiplies_once_per_input_position() -> None:
     (workload,) = count(nn.ConvTranspose2d(4, 6, (3, 2), groups=2), (torch.randn(2, 4, 5, 7),), {})
-    assert workload == Workload(2 * 5 * 7, 4, 6, kernel=6, groups=2, inputs=2 * 4 * 5 * 7, itemsize=4, conv=True)
+    assert workload == Workload(2 * 5 * 7, 4, 6, kernel=6, groups=2, inputs=2 * 4 * 5 * 7, itemsize=4)
     assert workload.macs == 2 * 5 * 7 * 4 * (6 // 2) * (3 * 2)
 
 
@@ -203,7 +203,7 @@ def test_formulas_of_convolutions_on_other_devices(operator: Any, transposed: bo
 def test_time_batch_channel_convolution_matches_the_written_formula() -> None:
     operands = torch.randn(7, 2, 3), torch.randn(4, 3, 5), torch.randn(5)
     (workload,) = count(Apply(torch.conv_tbc), operands, {})
-    assert workload == Workload((7 - 3) * 2, 3, 5, kernel=4, inputs=7 * 2 * 3, itemsize=4, conv=True)
+    assert workload == Workload((7 - 3) * 2, 3, 5, kernel=4, inputs=7 * 2 * 3, itemsize=4)
 
 
 ATTENTION: dict[Any, tuple[Any, ...]] = {

@@ -3,7 +3,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from fractions import Fraction
 
 import numpy as np
@@ -35,6 +35,9 @@ def mixed(rng: np.random.Generator) -> Instance:
             error, cost = np.sort(error), -np.sort(-cost, axis=0)
         values.append(error**2)
         costs.append(cost)
+    if rng.random() < 0.5:  # a common factor, as of feature maps' sizes
+        factor = int(rng.integers(2, 50))
+        costs = [cost * factor for cost in costs]
     least = sum(cost.min(axis=0) for cost in costs)
     limits = sum(cost[rng.integers(len(cost))] for cost in costs)
     if rng.random() < 0.7:
@@ -60,11 +63,15 @@ def near(rng: np.random.Generator) -> Instance:
     return values, costs, np.maximum(limits, 0)
 
 
+def all_choices(sizes: Iterable[int]) -> IntArray:
+    return np.array(list(itertools.product(*map(range, sizes))))
+
+
 def check_against_all_choices(values: list[FloatArray], costs: list[IntArray], limits: IntArray) -> bool:
     """Whether a choice fits; fails if the solver does not say so, or has another least value, least cost or scale."""
-    choices = np.array(list(itertools.product(*(range(len(value)) for value in values))))
-    value = sum(v[choices[:, i]] for i, v in enumerate(values))
-    cost = sum(c[choices[:, i]] for i, c in enumerate(costs))
+    choices = all_choices(map(len, values))
+    value: FloatArray = np.sum([v[i] for v, i in zip(values, choices.T, strict=True)], axis=0)
+    cost: IntArray = np.sum([c[i] for c, i in zip(costs, choices.T, strict=True)], axis=0)
     fits = (cost <= limits).all(axis=1)
     if fits.any():
         chosen = knapsack.solve(values, costs, limits)
@@ -175,6 +182,26 @@ def test_a_base_too_large_for_the_tolerance_is_followed_by_a_smaller_one(monkeyp
     with pytest.raises(RuntimeError, match="HiGHS"):
         for instance in instances:
             check_against_all_choices(*instance)
+
+
+def test_an_optimum_far_below_the_scale_of_the_objective_is_sought_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    def worst(table: knapsack._Table, limits: IntArray, gap: float) -> IntArray | None:
+        """What HiGHS may return at worst: anything within the relative gap and 1e-9 of the largest value."""
+        choices = table.starts + all_choices(np.bincount(table.site))
+        choices = choices[(table.cost[choices].sum(axis=1) <= limits).all(axis=1)]
+        value = table.value[choices].sum(axis=1) - table.least_value.sum()
+        if not value.size:
+            return None
+        allowed = value <= value.min() / (1 - gap) + 1e-9 * table.largest_value
+        chosen: IntArray = choices[np.where(allowed, value, -1).argmax()]
+        return chosen
+
+    monkeypatch.setattr(knapsack, "_choose", worst)
+    monkeypatch.setattr(knapsack, "_polish", lambda table, limits, choice: choice)
+    rng = np.random.default_rng(4)
+    for _ in range(300):
+        values, costs, limits = mixed(rng)
+        check_against_all_choices([value**2 for value in values], costs, limits)
 
 
 def test_no_change_of_one_site_is_left_undone(monkeypatch: pytest.MonkeyPatch) -> None:

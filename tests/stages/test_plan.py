@@ -16,7 +16,7 @@ from tdfx.records.layer import LayerSpec, Site, Skipped
 from tdfx.records.plan import Plan
 from tdfx.records.profile import Profile
 from tdfx.stages.capture import capture
-from tdfx.stages.plan import plan
+from tdfx.stages.plan import TIERS, plan
 from tdfx.stages.profile import profile
 
 METHODS = ["svd", "spatial_svd", "tucker2"]
@@ -119,6 +119,13 @@ def test_choices_with_a_caveat_are_used_where_nothing_else_will_do() -> None:
     assert found.notes == (start + "rank off the grid of 16: a, c", start + "estimated slower than dense: b")
 
 
+def test_slower_choices_are_left_alone_while_ranks_off_the_grid_will_do() -> None:
+    off_grid, slower = "rank off the grid of 16", "estimated slower than dense"
+    given = made_up(site("a", 100, (60, 0.5), (50, 0.9, off_grid), (40, 0.1, slower)), rest=0)
+    assert amounts(plan(given, "macs=50")) == [50]
+    assert amounts(plan(given, "macs=49")) == [40]
+
+
 def test_an_unreachable_budget_says_the_least_in_what_was_asked_for() -> None:
     given = made_up(site("a", 100, (40, 0.5), (25, 0.9, "rank off the grid of 16")), rest=11)
     with pytest.raises(BudgetError) as caught:
@@ -204,7 +211,8 @@ def test_no_single_change_is_better_and_still_within_the_budget(name: str, budge
     assert [candidate.site for candidate in found.candidates] == [site.name for site in given.sites]
     assert all(RESOURCES[resource](found.after) <= most for resource, most in limits.items())
     assert found.after == sum((candidate.cost for candidate in found.candidates), start=given.rest)
-    offered = [c for c in given.candidates if found.notes or not c.caveat]
+    tier = next(tier for tier in TIERS if all(map(tier, found.candidates)))
+    offered = [c for c in given.candidates if tier(c)]
     assert set(found.candidates) <= set(offered)
     for old, new in product(found.candidates, offered):
         if old.site == new.site and new.error < old.error:

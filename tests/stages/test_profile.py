@@ -133,6 +133,7 @@ def test_plain_candidates_are_on_the_grid_and_not_slower_than_dense() -> None:
             slower = candidate.cost.latency_s >= dense.cost.latency_s
             assert bool(candidate.caveat) == (off_grid or slower)
             assert ("off the grid of 16" in candidate.caveat) == off_grid
+            assert ("slower than dense" in candidate.caveat) == slower
     plain = [candidate for candidate in found.candidates if not candidate.caveat and not candidate.is_dense]
     assert 0 < len(plain) < len(found.candidates) - len(found.sites)
 
