@@ -16,7 +16,6 @@ from tdfx.records.cost import Cost
 from tdfx.records.plan import Plan
 from tdfx.records.profile import Profile
 
-
 # Who is offered, from one try to the next; each contains the one before.
 TIERS: tuple[Callable[[Candidate], bool], ...] = (
     lambda candidate: not candidate.caveat,
