@@ -23,7 +23,7 @@ class GraphPass(ABC, Generic[T]):
 
     @property
     def name(self) -> str:
-        """As errors and ``tdfx passes`` print it."""
+        """As errors print it."""
         return type(self).__name__
 
     def run(self, graph_module: fx.GraphModule) -> T:

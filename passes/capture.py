@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import linecache
+import operator
 import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -18,7 +19,7 @@ from torch.nn.utils import parametrize
 from tdfx.errors import CaptureError
 from tdfx.passes.base import assemble
 
-_TORCH = Path(torch.__file__).parent
+_TORCH, _HERE = Path(torch.__file__).parent, Path(__file__).parent
 _HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
@@ -66,12 +67,29 @@ def symbolic_trace(model: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[s
     Raises:
         CaptureError: naming the construct that cannot be traced, and where it stands.
     """
-    given = inspect.signature(model.forward).bind(*args, **kwargs)
     try:
-        graph = LayerTracer(given).trace(model)
+        given = inspect.signature(model.forward).bind(*args, **kwargs)
+        return assemble(model, LayerTracer(given).trace(model))
     except Exception as error:
         raise CaptureError(_explain(model, error)) from error
-    return assemble(model, graph)
+
+
+class _Proxy(fx.Proxy):
+    """A proxy on which ``x += y`` and the like stay in place.
+
+    torch.fx makes x = x + y of them, which other names of the same tensor do not see.
+    """
+
+
+def _in_place(operation: Callable[[Any, Any], Any]) -> Callable[[fx.Proxy, Any], fx.Proxy]:
+    return lambda proxy, other: proxy.tracer.create_proxy("call_function", operation, (proxy, other), {})
+
+
+for _operation in (
+    operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod, operator.ipow,
+    operator.iand, operator.ior, operator.ixor,
+):  # fmt: skip
+    setattr(_Proxy, f"__{_operation.__name__}__", _in_place(_operation))
 
 
 class LayerTracer(fx.Tracer):
@@ -87,6 +105,15 @@ class LayerTracer(fx.Tracer):
     def __init__(self, given: inspect.BoundArguments | None = None) -> None:
         super().__init__()
         self.given = given
+        self._autocast = _autocast()
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        if _autocast() != self._autocast:
+            raise fx.proxy.TraceError("autocast inside forward is not part of a graph")
+        return super().create_node(*args, **kwargs)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return _has_torch_forward(m) or _is_train_switch(m) or super().is_leaf_module(m, module_qualified_name)
@@ -123,7 +150,11 @@ def has_stock_forward(module: nn.Module) -> bool:
 
 
 def _has_torch_forward(module: nn.Module) -> bool:
-    return type(module).forward.__module__.startswith("torch.nn.") and not isinstance(module, nn.Sequential)
+    return (type(module).forward.__module__ or "").startswith("torch.nn.") and not isinstance(module, nn.Sequential)
+
+
+def _autocast() -> tuple[bool, ...]:
+    return tuple(torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))
 
 
 def _is_train_switch(module: nn.Module) -> bool:
@@ -157,7 +188,7 @@ def _is_from_torch(hook: Any) -> bool:
 def _explain(model: nn.Module, error: Exception) -> str:
     place = ""
     for frame in traceback.extract_tb(error.__traceback__):
-        if _TORCH not in Path(frame.filename).parents and frame.filename != __file__:
+        if _TORCH not in Path(frame.filename).parents and Path(frame.filename).parent != _HERE:
             source = linecache.getline(frame.filename, frame.lineno or 0).strip()
             place = f" at {Path(frame.filename).name}:{frame.lineno} in {frame.name}: `{source}`"
     return (

@@ -42,7 +42,7 @@ class FoldBatchNorm(RewritePass):
         for node in list(graph_module.graph.nodes):
             if _batch_norm(graph_module, node) is None or obstacle(graph_module, node, self.metas) is not None:
                 continue
-            _fold(graph_module, node.args[0], node)
+            _fold(graph_module, node.all_input_nodes[0], node)
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,8 @@ def obstacle(graph_module: fx.GraphModule, node: fx.Node, metas: dict[str, Tenso
     batch_norm = _batch_norm(graph_module, node)
     if batch_norm is None or batch_norm.running_mean is None or batch_norm.running_var is None:
         return "it keeps no running statistics and normalises with those of the batch in eval mode too"
-    source = node.args[0] if node.args else node.kwargs.get("input")
-    if not isinstance(source, fx.Node) or source.op != "call_module" or not node.args:
+    source = node.all_input_nodes[0]
+    if source.op != "call_module":
         return "it does not follow a convolution or linear layer"
     layer = graph_module.get_submodule(str(source.target))
     if not has_stock_forward(layer) and type(layer) not in (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d):
@@ -122,8 +122,8 @@ def folded_parameters(layer: Layer, batch_norm: BatchNorm) -> tuple[nn.Parameter
     else:
         transpose = isinstance(layer, nn.modules.conv._ConvTransposeNd)
         new = fuse_conv_bn_weights(weight, bias, mean, var, batch_norm.eps, scale, shift, transpose)
-    dtype = layer.weight.dtype
-    return nn.Parameter(new[0].detach().to(dtype)), nn.Parameter(new[1].detach().to(dtype))
+    dtype, learns = layer.weight.dtype, layer.weight.requires_grad
+    return nn.Parameter(new[0].detach().to(dtype), learns), nn.Parameter(new[1].detach().to(dtype), learns)
 
 
 def _detached(parameter: Tensor | None) -> Tensor | None:

@@ -86,6 +86,8 @@ def has_weight_matrix(module: nn.Module) -> bool:
 
 def _obstacle(graph_module: fx.GraphModule, name: str, nodes: list[fx.Node]) -> str | None:
     module = layer_at(graph_module, name)
+    if not has_stock_forward(module) and isinstance(module, tuple(KINDS)):
+        return f"{type(module).__name__} has a forward of its own; use torch's layer there"
     if not has_stock_forward(module):
         return f"{type(module).__name__} layers are not compressed; Linear and convolution layers are"
     dtype = str(module.weight.dtype).removeprefix("torch.")

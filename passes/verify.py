@@ -155,7 +155,7 @@ class _Comparison(fx.Interpreter):
 
 def relative_difference(reference: Tensor, other: Tensor) -> tuple[float, float]:
     """Largest |a - b|, and that over the largest finite |a|; infinite if shapes or infinities differ or NaN occurs."""
-    if reference.shape != other.shape:
+    if reference.shape != other.shape or reference.dtype != other.dtype:
         return math.inf, math.inf
     if reference.numel() == 0:
         return 0.0, 0.0

@@ -7,14 +7,28 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+from tdfx.errors import InputError, OptionError
 from tdfx.files import write_text
 
 
 class ListCache:
-    """Lists of floats by key. A file that cannot be read counts as missing and is written anew."""
+    """Lists of floats by key. A file that cannot be read counts as missing and is written anew.
+
+    Raises:
+        InputError: the folder cannot be made.
+        OptionError: the folder is no path.
+    """
 
     def __init__(self, folder: str | Path | None) -> None:
+        if folder is not None and not isinstance(folder, str | Path):
+            raise OptionError(f"cache_dir is a {type(folder).__name__}; expected a path, or None for no cache")
         self.folder = None if folder is None else Path(folder)
+        if self.folder is None:
+            return
+        try:  # before the long work, not at its first result
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"cache_dir {folder}: {error.strerror}; choose a folder that can be written") from error
 
     def get(self, key: tuple[object, ...], compute: Callable[[], list[float]]) -> list[float]:
         """The cached list for this key, or what ``compute`` returns, kept for the next time."""

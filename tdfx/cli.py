@@ -20,6 +20,7 @@ from tdfx.decompositions import registry
 from tdfx.errors import TdfxError
 from tdfx.loading import example_inputs, load_model, load_weights
 from tdfx.onnx_export import LEAST_OPSET, ExportReport
+from tdfx.records.plan import MOST_SEED
 from tdfx.saving import output_folder
 from tdfx.stages.compress import compress as compress_model
 from tdfx.tables import align, count
@@ -58,11 +59,16 @@ def exit_codes(debug: bool) -> Iterator[None]:
     except KeyboardInterrupt:
         typer.echo("interrupted", err=True)
         raise typer.Exit(130) from None
-    except TdfxError as error:
+    except typer.Exit:
+        raise
+    except (Exception, SystemExit) as error:  # SystemExit: a model may call sys.exit
         if debug:
             traceback.print_exc()
-        else:
+        elif isinstance(error, TdfxError):
             typer.echo(f"error: {error}", err=True)
+        else:
+            first = next(iter(str(error).splitlines()), "")
+            typer.echo(f"error: unexpected {type(error).__name__}: {first}; --debug shows where", err=True)
         raise typer.Exit(1) from None
 
 
@@ -95,7 +101,7 @@ def compress(
     rank_multiple: Annotated[int | None, typer.Option(help="Grid of ranks, 1: any; the target's if left out.")] = None,
     trainable: Annotated[bool, typer.Option("--trainable", help="Keep BatchNorm and Dropout for fine-tuning.")] = False,
     verify: Annotated[Verify, typer.Option(help="full: also every method at full rank on every layer.")] = Verify.PLAN,
-    seed: Annotated[int, typer.Option(min=0, help="Of example inputs and decompositions.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Of example inputs and decompositions.")] = 0,
     cache_dir: Annotated[Path | None, typer.Option(metavar="DIR", help="Keeps errors between runs.")] = None,
     opset: Annotated[int | None, typer.Option(min=LEAST_OPSET, help="ONNX operator set; torch's if left out.")] = None,
     debug: Debug = False,

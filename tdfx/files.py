@@ -91,7 +91,7 @@ def _refusing(path: object) -> Iterator[None]:
         yield
     except (OSError, TypeError, ValueError) as error:  # TypeError, ValueError: no path at all, a null byte
         reason = getattr(error, "strerror", None) or error
-        raise InputError(f"cannot write {path!r}: {reason}; choose an output path that can be written") from error
+        raise InputError(f"cannot write {str(path)!r}: {reason}; choose an output path that can be written") from error
 
 
 def _remove_if_empty(folder: Path) -> None:

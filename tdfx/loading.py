@@ -182,6 +182,9 @@ def _read_state_dict(path: Path) -> Mapping[str, Tensor]:
     inner = [str(key) for key, value in state.items() if isinstance(value, Mapping)]
     if inner:
         raise InputError(f"weights {path}: found a checkpoint with dictionaries in it ({_some(inner)}); {wanted}")
+    strange = [str(key) for key, value in state.items() if not isinstance(key, str) or not isinstance(value, Tensor)]
+    if strange:
+        raise InputError(f"weights {path}: found entries that are no named tensors ({_some(strange)}); {wanted}")
     return state
 
 

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from tdfx.errors import OptionError
+
 Report = Callable[[str, int, int], None]
 """Called with a description, steps done and steps in all."""
 
@@ -24,6 +26,8 @@ def reporter(progress: bool | Report | None) -> Iterator[Report]:
     if callable(progress):
         yield progress
         return
+    if not isinstance(progress, bool | None):
+        raise OptionError(f"progress is {progress!r}; expected a function, True, False or None")
     if not (sys.stderr.isatty() if progress is None else progress):
         yield lambda description, done, total: None
         return

@@ -169,7 +169,7 @@ def find_target(name: str | None) -> Target | None:
     """
     if name is None:
         return None
-    if name not in TARGETS:
+    if not isinstance(name, str) or name not in TARGETS:
         raise OptionError(f"target is {name!r}, expected one of {', '.join(map(repr, sorted(TARGETS)))} or None")
     return TARGETS[name]
 

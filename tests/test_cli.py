@@ -101,7 +101,7 @@ def test_saved_factors_make_the_saved_network_again(folder: Path) -> None:
 
 
 def test_options_reach_compress(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Called(Exception):
+    class Called(BaseException):
         pass
 
     def called(model: object, args: object, kwargs: object, **options: object) -> None:
@@ -290,3 +290,18 @@ def test_python_m_tdfx_reports_an_error(folder: Path) -> None:
     done = python_m_tdfx("compress", "net.py:fail", *ARGUMENTS, "--out", "out")
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == "error: model 'net.py:fail': calling fail() raised ValueError: no such width\n"
+
+
+@pytest.mark.parametrize("raised", [RuntimeError("boom\nat length"), SystemExit(3)])
+def test_the_unexpected_is_one_line_too(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, raised: BaseException
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise raised
+
+    monkeypatch.setattr(cli, "compress_model", fail)
+    outcome = CliRunner().invoke(cli.app, ["compress", "net.py:make", *ARGUMENTS, "--out", "out"])
+    assert outcome.exit_code == 1
+    kind = type(raised).__name__
+    assert outcome.stderr == f"error: unexpected {kind}: {str(raised).splitlines()[0]}; --debug shows where\n"
+    assert not Path("out").exists()

@@ -205,3 +205,10 @@ def test_every_dtype_can_be_asked_for(name: str) -> None:
 def test_inputs_that_are_not_understood(texts: list[str], message: str) -> None:
     with pytest.raises(InputError, match=message):
         example_inputs(texts)
+
+
+@pytest.mark.parametrize("state", [{0: torch.zeros(2)}, {"weight": "text"}])
+def test_entries_that_are_no_named_tensors_are_refused(tmp_path: Path, state: dict[object, object]) -> None:
+    torch.save(state, tmp_path / "w.pt")
+    with pytest.raises(InputError, match="found entries that are no named tensors"):
+        load_weights(nn.Linear(2, 2), tmp_path / "w.pt")

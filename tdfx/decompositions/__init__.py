@@ -37,6 +37,8 @@ def find_methods(names: Iterable[str] | None) -> tuple[Decomposition, ...]:
     known = registry()
     if names is None:
         return tuple(known.values())
+    if not isinstance(names, Iterable):
+        raise OptionError(f"methods is {names!r}; expected names, of {', '.join(known)}")
     names = [names] if isinstance(names, str) else list(names)
     if not names:
         raise OptionError(f"methods is empty; name at least one of {', '.join(known)}, or leave it out for all")

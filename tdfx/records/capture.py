@@ -22,6 +22,8 @@ class Capture:
         kwargs: keyword example inputs.
         trainable: whether BatchNorm and Dropout were kept.
         workloads: convolutions and matrix products of one run of the model as given.
+        params: parameters of the model as given.
+        weight_bytes: bytes of those.
         structure: fingerprint of the model's structure.
         weights: fingerprint of its weights.
         skipped: layers that the graph does not show, and BatchNorms that stay, with reasons.
@@ -36,6 +38,8 @@ class Capture:
     kwargs: dict[str, Tensor]
     trainable: bool
     workloads: tuple[Workload, ...]
+    params: int
+    weight_bytes: int
     structure: str
     weights: str
     skipped: tuple[Skipped, ...]

@@ -15,6 +15,7 @@ from tdfx.records.layer import Skipped
 from tdfx.tables import align, count, seconds
 
 VERSION = 1
+MOST_SEED = 2**63 - 1  # torch takes no larger one
 T = TypeVar("T")
 
 
@@ -40,7 +41,7 @@ class Plan:
         notes: what the user should know, e.g. that ranks off the grid were needed.
 
     Raises:
-        PlanError: a site has several candidates, or a candidate and a skip.
+        PlanError: a site has several candidates, or a candidate and a skip, or the seed is too large.
     """
 
     candidates: tuple[Candidate, ...]
@@ -60,6 +61,8 @@ class Plan:
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if self.seed > MOST_SEED:
+            raise PlanError(f"the plan's seed is {self.seed}; expected at most {MOST_SEED}")
         names = [candidate.site for candidate in self.candidates]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:

@@ -71,6 +71,10 @@ def apply(
         InputError, CaptureError, WeightError: as for ``capture``.
     """
     check_verify(verify)
+    if not isinstance(plan, Plan):
+        raise PlanError(f"plan is a {type(plan).__name__}; expected a tdfx.Plan, which Plan.from_json reads from text")
+    if not isinstance(factors, Mapping | None):
+        raise PlanError(f"factors is a {type(factors).__name__}; expected a state dict")
     target, metric = _target_and_metric(plan)
     if moments is not None:
         raise PlanError(f"the plan's metric is {metric}, which takes no moments; leave moments out")
@@ -212,7 +216,9 @@ def _factorized(
         found = method.decompose(weight, candidate.rank, seed=seed)
         norm = float(torch.linalg.vector_norm(weight - method.reconstruct(found)))
         error = norm / error_scale(candidate.metric, weight)
-    chain = method.build(site, candidate.rank, found, layer_at(captured.module, site.name).bias)
+    layer = layer_at(captured.module, site.name)
+    chain = method.build(site, candidate.rank, found, layer.bias)
+    chain.requires_grad_(layer.weight.requires_grad)
     return replace(candidate, cost=cost, error=error), Replacement(method.name, chain, found)
 
 
@@ -226,6 +232,8 @@ def _stored_factors(chain: Sequence[Any], prefix: str, factors: Mapping[str, Ten
             raise PlanError(
                 f"factors: {name}: found {found}, expected shape {spec.weight_shape}; are they of this plan?"
             )
+        if not bool(torch.isfinite(tensor).all()):
+            raise PlanError(f"factors: {name} holds NaN or Inf; load them anew")
         stored.append(tensor.detach().clone())  # the result must not share memory with where they come from
     return tuple(stored)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections import OrderedDict
 from collections.abc import Mapping
 
 import torch
@@ -12,7 +13,7 @@ from torch.nn.parameter import is_lazy
 from tdfx.errors import CaptureError, InputError, VerificationError, WeightError
 from tdfx.fingerprint import structure_fingerprint, weights_fingerprint
 from tdfx.inputs import Inputs, as_args, as_kwargs, run
-from tdfx.passes.capture import isolate, symbolic_trace
+from tdfx.passes.capture import has_stock_forward, isolate, symbolic_trace
 from tdfx.passes.count import count
 from tdfx.passes.drop_inactive import DropInactive
 from tdfx.passes.fold_batch_norm import FoldBatchNorm, RemainingBatchNorms
@@ -48,16 +49,24 @@ def capture(
 
     Raises:
         InputError: the inputs are no tensors, or the model does not run on them or has lazy layers that never ran.
-        WeightError: a parameter holds NaN or Inf.
+        WeightError: a parameter holds NaN or Inf, or a buffer NaN.
         CaptureError: the model cannot be copied or traced; names the construct.
         VerificationError: the graph does not compute what the model does.
     """
     if not isinstance(model, nn.Module):
         raise InputError(f"model is a {type(model).__name__}; expected a torch.nn.Module")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise CaptureError("model is a TorchScript module, which hides its layers; give the module it was made from")
     args, kwargs = as_args(example_inputs), as_kwargs(example_kwargs)
     original, notes = isolate(model)
-    _check_parameters(original)
+    if has_stock_forward(original):
+        # A graph is of what happens inside its root, so a single layer needs a root of its own.
+        original = nn.Sequential(OrderedDict(layer=original)).eval()
+    _check_values(original)
+    structure, weights = structure_fingerprint(original), weights_fingerprint(original)
+    buffers = {name: buffer.clone() for name, buffer in original.named_buffers()}
     reference = _run_model(original, args, kwargs)
+    notes = (*notes, *_buffer_notes(original, buffers))
     traced = symbolic_trace(original, args, kwargs)
     inputs = bind(traced, args, kwargs)
     module = traced if trainable else normalize(traced, inputs)
@@ -71,8 +80,10 @@ def capture(
         kwargs=kwargs,
         trainable=trainable,
         workloads=count(original, args, kwargs),
-        structure=structure_fingerprint(original),
-        weights=weights_fingerprint(original),
+        params=sum(parameter.numel() for parameter in model.parameters()),
+        weight_bytes=sum(parameter.nbytes for parameter in model.parameters()),
+        structure=structure,
+        weights=weights,
         skipped=(*_unseen(original, traced), *_remaining_batch_norms(module, inputs, trainable)),
         max_rel_diff=_compare(reference, run(module, args, kwargs)),
         notes=notes,
@@ -86,6 +97,11 @@ def normalize(graph_module: fx.GraphModule, inputs: tuple[Tensor, ...]) -> fx.Gr
 
 
 def _run_model(model: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor]) -> list[Tensor]:
+    for name, value in (*((f"[{i}]", v) for i, v in enumerate(args)), *kwargs.items()):
+        if value.numel() == 0:
+            raise InputError(
+                f"example input {name} of shape {tuple(value.shape)} is empty; nothing could be verified on it"
+            )
     try:
         outputs = run(model, args, kwargs)
     except Exception as error:
@@ -99,16 +115,34 @@ def _run_model(model: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, 
     return outputs
 
 
-def _check_parameters(model: nn.Module) -> None:
+def _check_values(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if is_lazy(parameter):
             raise InputError(f"{name} has no shape yet: the layer is lazy; run the model once before")
-        if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
-            bad = int((~torch.isfinite(parameter)).sum())
-            raise WeightError(
-                f"layer {name.rpartition('.')[0] or name}: {bad} of {parameter.numel()} values of {name} are NaN or "
-                "Inf; repair the checkpoint"
-            )
+        if parameter.is_meta:
+            raise InputError(f"{name} has no values, only a shape: it is on the meta device; load the weights before")
+        _refuse(name, parameter, ~torch.isfinite(parameter), "NaN or Inf")
+    for name, buffer in model.named_buffers():
+        # Inf is the stuff of attention masks.
+        _refuse(name, buffer, torch.isnan(buffer), "NaN")
+
+
+def _refuse(name: str, values: Tensor, bad: Tensor, what: str) -> None:
+    if bool(bad.any()):
+        raise WeightError(
+            f"layer {name.rpartition('.')[0] or name}: {int(bad.sum())} of {values.numel()} values of {name} are "
+            f"{what}; repair the checkpoint"
+        )
+
+
+def _buffer_notes(model: nn.Module, before: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """What forward does to buffers, which a graph does not repeat; they are set back to what they were."""
+    changed = []
+    for name, buffer in model.named_buffers():
+        if name in before and not torch.equal(buffer, before[name]):
+            changed.append(name)
+            buffer.copy_(before[name])
+    return tuple(f"{name}: forward updates this buffer in eval mode; the result does not" for name in changed)
 
 
 def _compare(reference: list[Tensor], found: list[Tensor]) -> float:
@@ -119,12 +153,15 @@ def _compare(reference: list[Tensor], found: list[Tensor]) -> float:
         )
     worst = 0.0
     for index, (wanted, got) in enumerate(zip(reference, found, strict=True)):
+        if bool(torch.isnan(wanted).any()):
+            raise VerificationError(f"output {index} of the model itself holds NaN on the example inputs; use others")
         absolute, relative = relative_difference(wanted, got)
         allowed = RTOL.get(wanted.dtype, 0.0)
         if not relative <= allowed:
             raise VerificationError(
-                f"output {index} of the captured graph differs from the model's by {absolute:.3g} ({relative:.3g} of "
-                f"its largest value, allowed {allowed:.0e}): forward depends on something that tracing does not see",
+                f"output {index} of the captured graph ({got.dtype}) differs from the model's ({wanted.dtype}) by "
+                f"{absolute:.3g} ({relative:.3g} of its largest value, allowed {allowed:.0e}): forward depends on "
+                "something that tracing does not see",
                 max_abs_diff=absolute,
                 max_rel_diff=relative,
             )

@@ -104,7 +104,7 @@ def _unreachable(budget: Budget, limits: Mapping[str, int], profile: Profile, er
     # Rounded up, so that what the message says is reachable indeed.
     amounts = "; ".join(
         f"{resource}: asked {RESOURCES[resource](asked)}, least reachable on its own {amount} "
-        f"({-(-1000 * amount // RESOURCES[resource](profile.before)) / 10}%)"
+        f"({-(-1000 * amount // max(RESOURCES[resource](profile.before), 1)) / 10}%)"
         for resource, amount in least.items()
     )
     if error.scale < math.inf:

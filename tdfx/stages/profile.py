@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from tdfx.progress import Report, reporter
 from tdfx.records.capture import Capture
 from tdfx.records.cost import Cost
 from tdfx.records.layer import Site
+from tdfx.records.plan import MOST_SEED
 from tdfx.records.profile import Profile
 from tdfx.selection import Selection
 from tdfx.targets import Target, find_target, layer_cost
@@ -60,8 +62,8 @@ def profile(
     """
     runtime = find_target(target)
     multiple = _rank_multiple(rank_multiple, runtime)
-    if not _is_int(seed) or seed < 0:
-        raise OptionError(f"seed is {seed!r}; expected a whole number of 0 or more")
+    if not _is_int(seed) or not 0 <= seed <= MOST_SEED:
+        raise OptionError(f"seed is {seed!r}; expected a whole number from 0 to {MOST_SEED}")
     selection = Selection.of(methods, include, exclude, overrides)
     module = captured.module
     sites, skipped = FindSites(ShapeProp(bind(module, captured.args, captured.kwargs)).run(module)).run(module)
@@ -93,7 +95,8 @@ def profile(
 
 def cost_before(captured: Capture, target: Target | None) -> Cost:
     """Cost of the whole model as given."""
-    return total_cost(captured.workloads, captured.original, target)
+    cost = total_cost(captured.workloads, captured.original, target)
+    return replace(cost, params=captured.params, weight_bytes=captured.weight_bytes)
 
 
 def rest_cost(captured: Capture, sites: Sequence[Site], target: Target | None) -> Cost:

@@ -190,10 +190,6 @@ def reading_bias(net: Any, x: Tensor) -> Tensor:
     return net.norm(net.layer(x)) + net.layer.bias[:, None, None]
 
 
-def by_keyword(net: Any, x: Tensor) -> Tensor:
-    return net.norm(input=net.layer(x))
-
-
 def inside(net: Any, x: Tensor) -> Tensor:
     return net.norm(net.layer.out_proj(x)) + net.layer(x, x, x)[0]
 
@@ -241,7 +237,6 @@ STAYING: dict[str, tuple[Callable[[], nn.Module], Shape, str]] = {
         (2, 4, 5, 5),
         "does not follow",
     ),
-    "by keyword": (lambda: Then(conv(), by_keyword), (2, 4, 5, 5), "does not follow a convolution"),
     "grouped transposed": (
         after(nn.ConvTranspose2d(4, 4, 3, groups=2)),
         (2, 4, 5, 5),

@@ -178,7 +178,7 @@ UNSUPPORTED: dict[str, tuple[Callable[[], nn.Module], Tensor, str]] = {
         X,
         "Bilinear layers are not compressed",
     ),
-    "own convolution": (lambda: only(OwnConvolution(4, 4, 3)), X, "OwnConvolution layers are not compressed"),
+    "own convolution": (lambda: only(OwnConvolution(4, 4, 3)), X, "OwnConvolution has a forward of its own"),
     "integers": (integer_linear, TOKENS, "its weight is int64; expected one of float64, float32, float16, bfloat16"),
 }
 

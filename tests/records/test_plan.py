@@ -14,7 +14,7 @@ from tdfx.errors import PlanError
 from tdfx.records.candidate import Candidate, format_rank
 from tdfx.records.cost import Cost
 from tdfx.records.layer import Skipped
-from tdfx.records.plan import Plan
+from tdfx.records.plan import MOST_SEED, Plan
 
 PLAN = Plan(
     candidates=(
@@ -47,6 +47,7 @@ candidates = st.builds(
 skips = st.builds(Skipped, text, text)
 plans = st.builds(
     Plan,
+    seed=st.integers(min_value=0, max_value=MOST_SEED),
     candidates=st.lists(candidates, unique_by=lambda candidate: candidate.site, max_size=3).map(tuple),
     skipped=st.just(()),
     budget=text,
@@ -57,7 +58,6 @@ plans = st.builds(
     target=st.none() | text,
     rank_multiple=counts,
     trainable=st.booleans(),
-    seed=counts,
     latency_source=st.none() | text,
     structure=text,
     weights=text,

@@ -162,7 +162,7 @@ def test_a_grid_of_ones_own(multiple: int) -> None:
         ({"rank_multiple": 0}, "rank_multiple is 0; expected a positive integer, or None"),
         ({"rank_multiple": 2.0}, "rank_multiple is 2.0"),
         ({"rank_multiple": True}, "rank_multiple is True"),
-        ({"seed": -1}, "seed is -1; expected a whole number of 0 or more"),
+        ({"seed": -1}, "seed is -1; expected a whole number from 0 to"),
         ({"seed": "1"}, "seed is '1'"),
         ({"seed": True}, "seed is True"),
         ({"target": "gpu"}, "target is 'gpu', expected one of 'ort-cpu' or None"),
