@@ -37,7 +37,7 @@ class FindSites(AnalysisPass[tuple[tuple[Site, ...], tuple[Skipped, ...]]]):
                 nodes.setdefault(node.target, []).append(node)
         sites, skipped = [], []
         for name, calls in nodes.items():
-            reason = _obstacle(graph_module, name, calls)
+            reason = _obstacle(graph_module, name)
             if reason is None:
                 sites.append(Site.of(self._layer(graph_module, name, calls)))
             else:
@@ -84,7 +84,7 @@ def has_weight_matrix(module: nn.Module) -> bool:
     return any(parameter.dim() >= 2 for parameter in module.parameters())
 
 
-def _obstacle(graph_module: fx.GraphModule, name: str, nodes: list[fx.Node]) -> str | None:
+def _obstacle(graph_module: fx.GraphModule, name: str) -> str | None:
     module = layer_at(graph_module, name)
     if not has_stock_forward(module) and isinstance(module, tuple(KINDS)):
         return f"{type(module).__name__} has a forward of its own; use torch's layer there"
@@ -98,8 +98,6 @@ def _obstacle(graph_module: fx.GraphModule, name: str, nodes: list[fx.Node]) -> 
     others = sharers(graph_module, name)
     if others:
         return f"it shares parameters with {', '.join(others)}; a chain for one of them would break the tie"
-    if any(len(node.all_input_nodes) != 1 for node in nodes):
-        return "it is not called with exactly one input"
     return None
 
 

@@ -21,7 +21,7 @@ from threading import Lock
 
 import numpy as np
 from scipy.linalg import block_diag
-from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.optimize import Bounds, LinearConstraint, linprog, milp
 from scipy.sparse import csr_array
 
 from tdfx.planner import FloatArray, Infeasible, IntArray
@@ -113,6 +113,12 @@ def _least_value(table: _Table, limits: IntArray) -> IntArray | None:
     best = None
     gap = 0.01  # A quick first choice rules many candidates out.
     rows = _reduce(table, _undominated(table), limits, math.inf)
+    prices = None if rows is None else _prices(table.at(rows), limits)
+    if rows is not None and prices is not None:
+        best = _priced_choice(table, rows, limits, prices)
+        if best is not None:
+            gap = 0.0
+            rows = _promising(table, rows, limits, prices, float(table.value[best].sum()))
     while rows is not None:
         left = table.at(rows)
         choice = _choose(left, limits, gap)
@@ -125,8 +131,68 @@ def _least_value(table: _Table, limits: IntArray) -> IntArray | None:
         if above <= 0 or (not gap and above >= left.largest_value / 10):
             break
         gap = 0.0
-        rows = _reduce(table, rows, limits, value)
+        rows = _promising(table, rows, limits, prices, value)
     return best
+
+
+def _prices(table: _Table, limits: IntArray) -> FloatArray | None:
+    """What a unit of each resource's room is worth at the optimum of the linear relaxation, None without an optimum."""
+    value, cost, room = _shifted(table, limits)
+    one_each = csr_array((np.ones(table.site.size), (table.site, np.arange(table.site.size))))
+    with _silent_stdout():
+        relaxed = linprog(value / (value.max() or 1.0), cost.T, room, one_each, np.ones(table.starts.size))
+    if relaxed.status != 0:
+        return None
+    prices: FloatArray = np.maximum(-relaxed.ineqlin.marginals, 0.0) * (value.max() or 1.0)
+    return prices
+
+
+def _priced_choice(table: _Table, rows: IntArray, limits: IntArray, prices: FloatArray) -> IntArray | None:
+    """Rows of a choice within the limits that is near the optimum: the best at these prices, raised until it fits."""
+    left = table.at(rows)
+    value, cost, _ = _shifted(left, limits)
+
+    def at(factor: float) -> IntArray:
+        return left.first_least(value + cost @ (prices * factor))
+
+    def fits(choice: IntArray) -> bool:
+        return bool((left.cost[choice].sum(axis=0) <= limits).all())
+
+    high = next((factor for factor in 2.0 ** np.arange(20) if fits(at(factor))), None)
+    if high is None:
+        return None
+    low = high / 2
+    for _ in range(30):
+        middle = (low + high) / 2
+        low, high = (low, middle) if fits(at(middle)) else (middle, high)
+    return rows[_polish(left, limits, at(high))]
+
+
+def _promising(
+    table: _Table, rows: IntArray, limits: IntArray, prices: FloatArray | None, most_value: float
+) -> IntArray | None:
+    """Rows that may be part of a choice of at most this value, by the Lagrangian bound at these prices.
+
+    Any prices give a bound: a choice with candidate j is worth at least the least priced total plus what j's priced
+    value is above its site's least (Kellerer et al. 2004, section 11.2). Rounding is allowed for.
+    """
+    if prices is not None:
+        left = table.at(rows)
+        value, cost, room = _shifted(left, limits)
+        priced = value + cost @ prices
+        least = np.minimum.reduceat(priced, left.starts)
+        bound = least.sum() - room @ prices + priced - least[left.site]
+        spare = most_value - left.least_value.sum()
+        rows = rows[bound <= spare + 1e-9 * (value.max() + prices.sum())]
+    return _reduce(table, rows, limits, most_value)
+
+
+def _shifted(table: _Table, limits: IntArray) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """Values and costs above their site's least, and the room that the least costs leave, in units of the limits."""
+    unit = np.maximum(limits, 1)
+    room: FloatArray = (limits - table.least_cost.sum(axis=0)) / unit
+    cost: FloatArray = (table.cost - table.least_cost[table.site]) / unit
+    return table.value - table.least_value[table.site], cost, room
 
 
 def _undominated(table: _Table) -> IntArray:

@@ -122,6 +122,7 @@ FOLDED: dict[str, tuple[Callable[[], nn.Module], Shape]] = {
     "not affine": (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, affine=False)), (2, 3, 5, 5)),
     "norm without bias": (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), without_bias(nn.BatchNorm2d(4))), (2, 3, 5, 5)),
     "eps": (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, eps=0.5)), (2, 3, 5, 5)),
+    "eps of a linear layer": (lambda: nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, eps=0.5)), (2, 3)),
     "sync": (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.SyncBatchNorm(4)), (2, 3, 5, 5)),
     "subclasses": (lambda: nn.Sequential(SubclassedConv(3, 4, 3), SubclassedNorm(4)), (2, 3, 5, 5)),
     "two norms": (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.BatchNorm2d(4)), (2, 3, 5, 5)),

@@ -5,6 +5,7 @@ import math
 import os
 from collections.abc import Callable, Iterable
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
@@ -261,3 +262,27 @@ def test_registry() -> None:
     assert find_planner("knapsack") is knapsack.solve
     with pytest.raises(OptionError, match="planner='knapsak' is not known; choose one of: knapsack"):
         find_planner("knapsak")
+
+
+def test_prices_rule_out_most_candidates_and_never_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(7)
+    shares = np.sort(rng.uniform(0.05, 1, (12, 40)))
+    values = [np.exp(-rng.uniform(2, 8) * share) for share in shares]
+    costs = [(rng.integers(10**4, 10**6) * share).astype(np.int64)[:, None] for share in shares]
+    limits = sum(cost[-1] for cost in costs) // 3
+    seen: list[int] = []
+    highs = knapsack._highs
+
+    def spy(table: knapsack._Table, *args: Any, **kwargs: Any) -> IntArray | None:
+        seen.append(table.site.size)
+        return highs(table, *args, **kwargs)
+
+    monkeypatch.setattr(knapsack, "_highs", spy)
+    priced = knapsack.solve(values, costs, limits)
+    assert seen
+    assert max(seen) < 12 * 40 / 3
+    monkeypatch.setattr(knapsack, "_prices", lambda table, limits: None)
+    plain = knapsack.solve(values, costs, limits)
+    assert sum(v[i] for v, i in zip(values, priced, strict=True)) == pytest.approx(
+        sum(v[i] for v, i in zip(values, plain, strict=True)), rel=1e-9
+    )
