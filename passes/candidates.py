@@ -72,19 +72,19 @@ class FindCandidates(AnalysisPass[tuple[tuple[Candidate, ...], tuple[Skipped, ..
     def _factored(self, site: Site, weight: Tensor, dense: Cost, pinned: Rank | None) -> tuple[list[Candidate], str]:
         """Candidates other than dense; and if there are none, why."""
         found: list[Candidate] = []
-        reasons = {}
+        reasons = []
         for method in self.selection.methods_for(site):
             refusal = method.unsupported(site)
             ranks = () if refusal else self._ranks(method, site, weight, pinned)
             if not ranks:
-                reasons[method.name] = refusal or f"no rank of {method.name} fits or saves anything"
+                reasons.append(refusal or f"no rank of {method.name} fits or saves anything")
                 continue
             errors = self._errors(method, weight, ranks)
             for rank, error in zip(ranks, errors, strict=True):
                 cost = chain_cost(method, site, rank, self.target)
                 caveat = "" if pinned else self._caveat(rank, cost, dense)
                 found.append(Candidate(site.name, method.name, rank, cost, error, self.metric, caveat))
-        return found, "; ".join(dict.fromkeys(reasons.values()))
+        return found, "; ".join(reasons)
 
     def _ranks(self, method: Decomposition, site: Site, weight: Tensor, pinned: Rank | None) -> tuple[Rank, ...]:
         if pinned is not None:

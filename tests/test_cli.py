@@ -20,7 +20,6 @@ from tdfx.errors import InputError
 from tdfx.loading import example_inputs, load_model
 
 SOURCE = """
-import signal
 import torch
 from torch import nn
 
@@ -42,7 +41,7 @@ def make():
 
 def small(): return nn.Sequential(nn.Conv2d(4, 8, 3, bias=False))
 def fail(): raise ValueError("no such width")
-def interrupt(): signal.raise_signal(signal.SIGINT)
+def interrupt(): raise KeyboardInterrupt
 """
 FILES = ["model.onnx", "model.safetensors", "plan.json", "report.json"]
 INPUTS = ["2x4x8x8", "ids=2x3:int64"]

@@ -151,9 +151,11 @@ def test_the_affine_parameters_of_a_folded_batch_norm_are_kept() -> None:
     model = prepared(
         nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4, affine=False))
     )
-    found = fork(normalized(model, torch.randn(2, 3, 5, 5, dtype=torch.float64)))
+    x = torch.randn(2, 3, 5, 5, dtype=torch.float64)
+    traced = symbolic_trace(model, (x,), {})
+    found = fork(normalize(traced, (x,)))
     first, second = (node.meta["batch_norm"] for node in found.graph.nodes if node.op == "call_module")
-    norm: Any = model.get_submodule("1")
+    norm: Any = traced.get_submodule("1")
     torch.testing.assert_close(first, {"weight": norm.weight.data, "bias": norm.bias.data}, rtol=0, atol=0)
     assert first["weight"].data_ptr() != norm.weight.data_ptr()
     assert second == {"weight": None, "bias": None}
@@ -306,6 +308,24 @@ def test_functional_dropout_is_dropped_where_it_is_inactive(
 ) -> None:
     found = normalized(Functional(dropout).eval(), torch.randn(2, 3, 4, 4, 4, dtype=torch.float64))
     assert kinds(found) == [*left, "add"]
+
+
+def test_functional_dropout_is_active_unless_a_graph_says_otherwise() -> None:
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    graph.output((graph.call_function(F.dropout, (x,)), graph.call_function(F.alpha_dropout, (x,))))
+    assert kinds(DropInactive().run(fx.GraphModule(nn.Module(), graph))) == ["dropout"]
+
+
+def test_a_batch_norm_with_a_forward_of_its_own_is_not_folded() -> None:
+    class Halving(nn.BatchNorm2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) / 2
+
+    graph = fx.Graph()
+    graph.output(graph.call_module("1", (graph.call_module("0", (graph.placeholder("x"),)),)))
+    module, x = fx.GraphModule(nn.Sequential(conv(), Halving(4)).eval(), graph), torch.randn(2, 4, 5, 5)
+    assert kinds(normalize(module, (x,))) == ["Conv2d", "Halving"]
 
 
 def test_an_identity_of_several_values_stays() -> None:

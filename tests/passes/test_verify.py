@@ -342,3 +342,4 @@ def test_relative_difference_of_other_dtypes() -> None:
     assert relative_difference(torch.tensor([3, 2**53 + 1]), torch.tensor([3, 2**53 + 1])) == (0.0, 0.0)
     big = torch.tensor([60000.0], dtype=torch.float16)
     assert relative_difference(big, -big) == (120000.0, 2.0)
+    assert relative_difference(big, big.float()) == (INF, INF)
