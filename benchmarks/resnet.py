@@ -24,6 +24,7 @@ from tdfx.timing import interleaved_medians
 METHOD_SETS = {
     "svd family": ("svd", "spatial_svd"),
     "svd family + tucker2": ("svd", "spatial_svd", "tucker2"),
+    "svd family + tucker2 + cp": ("svd", "spatial_svd", "tucker2", "cp"),
     "all": None,
 }
 HEADER = ("network", "methods", "grid", "asked", "FLOPs", "params", "top-1 (dense)", "speed", "seconds")

@@ -30,7 +30,7 @@ def run_block(code: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 def test_documented_method_is_exact_at_full_rank_and_computes_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    method = run_block(code_blocks("CONTRIBUTING.md")[0], monkeypatch)["ChannelSVD"]()
+    method = run_block(code_blocks("CONTRIBUTING.md")[0], monkeypatch)["InputSVD"]()
     layer = LayerSpec("conv", "conv2d", 6, 8, (3, 3), (2, 1), (1, 0), "reflect", (1, 1), bias=True, dtype="float64")
     site = Site.of(layer.called_on(((2, 6, 9, 8),)))
     weight = torch.randn(layer.weight_shape, dtype=torch.float64)

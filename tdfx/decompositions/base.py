@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -97,6 +97,15 @@ class Decomposition(ABC):
                 for spec, weight, b in zip(specs, factors, biases, strict=True)
             )
         )
+
+    def pareto_front(self, site: Site, losses: Mapping[Rank, float]) -> tuple[Rank, ...]:
+        """Ranks that no other one beats in both MACs and loss, by ascending MACs, thinned to ``max_ranks``."""
+        macs = {rank: sum(layer.macs for layer in self.chain(site, rank)) for rank in losses}
+        front: list[Rank] = []
+        for rank in sorted(losses, key=lambda rank: (macs[rank], losses[rank], rank)):
+            if not front or losses[rank] < losses[front[-1]]:
+                front.append(rank)
+        return tuple(front[i] for i in spaced(0, len(front) - 1, 1, self.max_ranks))
 
     def saves(self, site: Site, rank: Rank) -> bool:
         """Whether the chain has fewer MACs or fewer parameters than the dense layer."""

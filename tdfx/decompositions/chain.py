@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import cast
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from tdfx.records.layer import LayerSpec, Shape
 
+DIRECTIONS = ("frontal", "vertical", "horizontal")
 CONV = {"conv1d": nn.Conv1d, "conv2d": nn.Conv2d, "conv3d": nn.Conv3d}
 
 
@@ -42,6 +44,15 @@ def spatial(
         groups=groups,
         bias=False,
         calls=(),
+    )
+
+
+def along_each(layer: LayerSpec, channels: Sequence[int], *, groups: int = 1) -> tuple[LayerSpec, ...]:
+    """One layer per spatial direction, from ``channels[d]`` to ``channels[d + 1]``, each doing its direction only."""
+    names = DIRECTIONS[-len(layer.kernel_size) :]
+    return tuple(
+        spatial(layer, names[dim], left, right, dims=(dim,), groups=groups)
+        for dim, (left, right) in enumerate(pairwise(channels))
     )
 
 

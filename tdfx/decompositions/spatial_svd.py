@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tdfx.decompositions.base import Decomposition, Factors
-from tdfx.decompositions.chain import link, spatial
+from tdfx.decompositions.chain import along_each, link
 from tdfx.decompositions.spectrum import tail_norms, thin_svd
 from tdfx.records.layer import LayerSpec, Rank, Site
 
@@ -39,10 +39,7 @@ class SpatialSVD(Decomposition):
         layer, (r,) = site.layer, rank
         return link(
             layer,
-            (
-                spatial(layer, "vertical", layer.in_channels, r, dims=(0,)),
-                spatial(layer, "horizontal", r, layer.out_channels, dims=(1,)),
-            ),
+            along_each(layer, (layer.in_channels, r, layer.out_channels)),
         )
 
     def decompose(self, weight: Tensor, rank: Rank, *, seed: int = 0) -> Factors:

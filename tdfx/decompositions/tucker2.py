@@ -59,12 +59,7 @@ class Tucker2(Decomposition):
         basis_out = leading_basis(weight.flatten(1), min(weight.shape[0], math.prod(weight.shape[1:])))
         basis_in = leading_basis(weight.transpose(0, 1).flatten(1), self.full_rank(site)[1])
         energy = _project(weight, basis_out, basis_in).flatten(2).square().sum(2).cumsum(0).cumsum(1)
-        macs = {rank: sum(layer.macs for layer in self.chain(site, rank)) for rank in ranks}
-        front: list[Rank] = []
-        for r, s in sorted(ranks, key=lambda rank: (macs[rank], rank)):
-            if not front or energy[r - 1, s - 1] > energy[front[-1][0] - 1, front[-1][1] - 1]:
-                front.append((r, s))
-        return tuple(front[i] for i in spaced(0, len(front) - 1, 1, self.max_ranks))
+        return self.pareto_front(site, {(r, s): -float(energy[r - 1, s - 1]) for r, s in ranks})
 
     def chain(self, site: Site, rank: Rank) -> tuple[LayerSpec, ...]:
         layer, (r, s) = site.layer, rank

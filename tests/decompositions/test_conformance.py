@@ -384,9 +384,11 @@ def test_find_methods_names_what_is_known() -> None:
     assert find_methods(None) == METHODS
     assert [method.name for method in find_methods(["tucker2", "svd", "tucker2"])] == ["tucker2", "svd"]
     assert [method.name for method in find_methods("cp")] == ["cp"]
-    with pytest.raises(OptionError, match=r"unknown method 'tuker2'; did you mean 'tucker2'\? known methods: cp, "):
+    with pytest.raises(
+        OptionError, match=r"unknown method 'tuker2'; did you mean 'tucker2'\? known methods: channel_svd, "
+    ):
         find_methods(["tuker2"])
-    with pytest.raises(OptionError, match="unknown method 'xyz'; known methods: cp, "):
+    with pytest.raises(OptionError, match="unknown method 'xyz'; known methods: channel_svd, cp, "):
         find_methods(["xyz"])
-    with pytest.raises(OptionError, match="methods is empty; name at least one of cp, "):
+    with pytest.raises(OptionError, match="methods is empty; name at least one of channel_svd, cp, "):
         find_methods([])

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tdfx.decompositions import cp
-from tdfx.decompositions.cp import CP, Triple
+from tdfx.decompositions import als, cp
+from tdfx.decompositions.als import Factors
+from tdfx.decompositions.cp import CP
 from tdfx.records.layer import LayerSpec, Site
 
 METHOD = CP()
@@ -75,22 +76,22 @@ def test_extrapolated_sweeps_come_closer_than_twenty_plain_ones(rank: int) -> No
 def test_extrapolation_comes_closer_than_as_many_sweeps_without(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = trained_like(16, 20, 3, 3)
     with_it = error(weight, 24)
-    monkeypatch.setattr(cp, "STEP", 0.0)
+    monkeypatch.setattr(als, "STEP", 0.0)
     assert with_it < 0.995 * error(weight, 24)
 
 
 def test_extrapolation_that_overshoots_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = trained_like(16, 20, 3, 3)
     usual = error(weight, 12)
-    monkeypatch.setattr(cp, "STEP", 8.0)
-    monkeypatch.setattr(cp, "STEP_MOST", 8.0)
+    monkeypatch.setattr(als, "STEP", 8.0)
+    monkeypatch.setattr(als, "STEP_MOST", 8.0)
     assert error(weight, 12) < 1.05 * usual
 
 
 @pytest.mark.parametrize("shape", [(12, 3, 5), (3, 12, 5), (3, 5, 12), (5, 5, 5), (4, 1, 9), (7, 6, 3)])
 def test_exact_construction_reproduces_whichever_mode_is_largest(shape: tuple[int, int, int]) -> None:
     tensor = randn(*shape)
-    a, b, c = cp.exact(tensor)
+    a, b, c = als.exact(tensor)
     least, middle, _ = sorted(shape)
     assert [factor.shape for factor in (a, b, c)] == [(size, least * middle) for size in shape]
     torch.testing.assert_close(torch.einsum("or,ir,pr->oip", a, b, c), tensor, rtol=0, atol=0)
@@ -163,23 +164,23 @@ def test_seeds_fill_up_modes_shorter_than_the_rank() -> None:
 
 def test_sweeps_end_where_a_plain_one_gains_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a tensor that the rank meets, where rounding in float32 stops the error from falling."""
-    starts: list[Triple] = []
-    sweep = cp._sweep
+    starts: list[Factors] = []
+    sweep = als._sweep
 
-    def watched(slices: Tensor, factors: Triple) -> tuple[Triple, float]:
+    def watched(slices: Tensor, factors: Factors) -> tuple[Factors, float]:
         starts.append(factors)
         return sweep(slices, factors)
 
-    monkeypatch.setattr(cp, "_sweep", watched)
+    monkeypatch.setattr(als, "_sweep", watched)
     weight = METHOD.reconstruct((randn(4, 20, 1, 1), randn(4, 1, 3, 3, seed=1), randn(16, 4, 1, 1, seed=2)))
     assert error(weight, 8) < 1e-3
-    assert 5 < len(starts) < cp.SWEEPS
+    assert 5 < len(starts) < als.SWEEPS
     assert all(one is not other for one, other in pairwise(starts))
 
 
 def test_the_error_of_a_sweep_is_that_of_its_factors() -> None:
     tensor = randn(7, 5, 9)
     tensor = tensor / torch.linalg.vector_norm(tensor)
-    factors, squared = cp._sweep(tensor.permute(2, 0, 1).float(), (randn(7, 4), randn(5, 4), randn(9, 4)))
+    factors, squared = als._sweep(tensor.permute(2, 0, 1).float(), (randn(7, 4), randn(5, 4), randn(9, 4)))
     actual = norm(tensor - torch.einsum("or,ir,pr->oip", *factors)) ** 2
     assert squared == pytest.approx(actual, abs=1e-6)
