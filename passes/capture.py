@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
 from tdfx.errors import CaptureError
 from tdfx.passes.base import assemble
@@ -35,8 +37,12 @@ _STOCK_FORWARDS = frozenset(
 )
 
 
-def isolate(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
+def isolate(model: nn.Module, *, keep_hooks: bool = False) -> tuple[nn.Module, tuple[str, ...]]:
     """A deep copy in eval mode, free of hooks and parametrizations, and notes for the user about what was removed.
+
+    Args:
+        model: the model, which is left as it is.
+        keep_hooks: leave hooks, for models that do not run without.
 
     Raises:
         CaptureError: the model cannot be copied.
@@ -54,7 +60,7 @@ def isolate(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
     notes = []
     for name, module in copied.named_modules():
         _remove_reparametrizations(module)
-        if any(getattr(module, hooks, None) for hooks in _HOOKS):
+        if not keep_hooks and any(getattr(module, hooks, None) for hooks in _HOOKS):
             notes.append(f"hooks of {name or 'the model'} are not part of the result")
             for hooks in _HOOKS:
                 getattr(module, hooks, {}).clear()
@@ -92,6 +98,21 @@ for _operation in (
     setattr(_Proxy, f"__{_operation.__name__}__", _in_place(_operation))
 
 
+class _NestedProxies(TorchFunctionMode):
+    """Traces functions that meet proxies inside lists alone, as torch.zeros((batch, 3)) does; torch.fx misses them."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if types:
+            return func(*args, **kwargs)
+        found = next((leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, fx.Proxy)), None)
+        if found is None:
+            return func(*args, **kwargs)
+        return found.tracer.create_proxy("call_function", func, args, kwargs)
+
+
 class LayerTracer(fx.Tracer):
     """torch.fx's tracer, with two more leaf rules, for one call.
 
@@ -106,6 +127,10 @@ class LayerTracer(fx.Tracer):
         super().__init__()
         self.given = given
         self._autocast = _autocast()
+
+    def trace(self, root: nn.Module | Callable[..., Any], concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        with _NestedProxies():
+            return super().trace(root, concrete_args)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)

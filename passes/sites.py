@@ -110,5 +110,12 @@ def _raw_parameters(graph_module: fx.GraphModule) -> list[Skipped]:
         path, _, name = str(node.target).rpartition(".")
         value = getattr(graph_module.get_submodule(path), name)
         if isinstance(value, nn.Parameter) and isinstance(value, Tensor) and value.dim() >= 2:
-            found.append(Skipped(str(node.target), "a parameter used by a function, not by a layer; make it a layer"))
+            readers = list(dict.fromkeys(_called(user) for user in node.users))
+            verb = "reads" if len(readers) == 1 else "read"
+            reason = f"a parameter that {' and '.join(readers)} {verb}; only weights of layers are compressed"
+            found.append(Skipped(str(node.target), reason))
     return list(dict.fromkeys(found))
+
+
+def _called(node: fx.Node) -> str:
+    return str(node.target if isinstance(node.target, str) else getattr(node.target, "__name__", node.target))

@@ -5,20 +5,27 @@ from __future__ import annotations
 import inspect
 from collections import OrderedDict
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 
+from tdfx.contained import plain_attention
 from tdfx.errors import CaptureError, InputError, VerificationError, WeightError
 from tdfx.fingerprint import structure_fingerprint, weights_fingerprint
 from tdfx.inputs import Inputs, as_args, as_kwargs, run
 from tdfx.passes.capture import has_stock_forward, isolate, symbolic_trace
 from tdfx.passes.count import count
 from tdfx.passes.drop_inactive import DropInactive
+from tdfx.passes.export_trace import export_trace
 from tdfx.passes.fold_batch_norm import FoldBatchNorm, RemainingBatchNorms
+from tdfx.passes.layer_operators import parameter_read
+from tdfx.passes.lift_layers import LiftLayers
+from tdfx.passes.lift_modules import LiftModules
 from tdfx.passes.shape_prop import ShapeProp, bind
 from tdfx.passes.sites import has_weight_matrix
+from tdfx.passes.unpack_attention import unpack_attention
 from tdfx.passes.verify import relative_difference
 from tdfx.records.capture import Capture
 from tdfx.records.layer import Skipped
@@ -58,24 +65,27 @@ def capture(
     if isinstance(model, torch.jit.ScriptModule):
         raise CaptureError("model is a TorchScript module, which hides its layers; give the module it was made from")
     args, kwargs = as_args(example_inputs), as_kwargs(example_kwargs)
-    original, notes = isolate(model)
-    if has_stock_forward(original):
-        # A graph is of what happens inside its root, so a single layer needs a root of its own.
-        original = nn.Sequential(OrderedDict(layer=original)).eval()
+    original, notes = _isolated(model)
     _check_values(original)
     structure, weights = structure_fingerprint(original), weights_fingerprint(original)
     buffers = {name: buffer.clone() for name, buffer in original.named_buffers()}
-    reference = _run_model(original, args, kwargs)
+    try:
+        reference = _run_model(original, args, kwargs)
+    except InputError:
+        # Some models gather their outputs by hooks of their own.
+        original, notes = _isolated(model, keep_hooks=True)
+        reference = _run_model(original, args, kwargs)
     notes = (*notes, *_buffer_notes(original, buffers))
-    traced = symbolic_trace(original, args, kwargs)
+    unpacked = unpack_attention(original, trainable=trainable)
+    tier, traced, tier_notes = _trace(unpacked, args, kwargs)
     inputs = bind(traced, args, kwargs)
     module = traced if trainable else normalize(traced, inputs)
     if trainable:
-        notes = (*notes, *_train_notes(original, module))
+        notes = (*notes, *_train_notes(unpacked, module))
     return Capture(
         original=original,
         module=module,
-        tier="fx",
+        tier=tier,
         args=args,
         kwargs=kwargs,
         trainable=trainable,
@@ -84,16 +94,78 @@ def capture(
         weight_bytes=sum(parameter.nbytes for parameter in model.parameters()),
         structure=structure,
         weights=weights,
-        skipped=(*_unseen(original, traced), *_remaining_batch_norms(module, inputs, trainable)),
+        skipped=(*_unseen(unpacked, traced), *_remaining_batch_norms(module, inputs, trainable)),
         max_rel_diff=_compare(reference, run(module, args, kwargs)),
-        notes=notes,
+        notes=(*notes, *tier_notes),
     )
+
+
+def _isolated(model: nn.Module, *, keep_hooks: bool = False) -> tuple[nn.Module, tuple[str, ...]]:
+    original, notes = isolate(model, keep_hooks=keep_hooks)
+    if not has_stock_forward(original):
+        return original, notes
+    # A graph is of what happens inside its root, so a single layer needs a root of its own.
+    return nn.Sequential(OrderedDict(layer=original)).eval(), notes
 
 
 def normalize(graph_module: fx.GraphModule, inputs: tuple[Tensor, ...]) -> fx.GraphModule:
     """Eval-mode clean-up that changes no numbers but by rounding."""
     dropped = DropInactive().run(graph_module)
     return FoldBatchNorm(ShapeProp(inputs).run(dropped)).run(dropped)
+
+
+def _trace(
+    model: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor]
+) -> tuple[str, fx.GraphModule, tuple[str, ...]]:
+    """Tier, graph and notes: symbolic tracing if it sees all layers, or else torch.export if that sees more of them."""
+    traced, problem = None, None
+    try:
+        traced = LiftLayers(model).run(symbolic_trace(model, args, kwargs))
+        if len(_layers(traced)) >= _count_called(model, args, kwargs) and not _calls_opaque(traced):
+            return "fx", traced, ()
+    except CaptureError as error:
+        problem = error
+    try:
+        exported, notes = export_trace(model, args, kwargs)
+    except CaptureError as error:
+        if traced is not None:
+            return "fx", traced, ()
+        raise CaptureError(f"{problem}. {error}") from error
+    lifted = LiftModules(model).run(LiftLayers(model).run(exported))
+    if traced is not None and len(_layers(traced)) >= len(_layers(lifted)):
+        return "fx", traced, ()
+    return "export", lifted, notes
+
+
+def _layers(graph_module: fx.GraphModule) -> set[str]:
+    """Names of the Linear and convolution layers that a graph calls."""
+    called = {str(node.target) for node in graph_module.graph.nodes if node.op == "call_module"}
+    return {name for name in called if has_stock_forward(graph_module.get_submodule(name))}
+
+
+def _calls_opaque(graph_module: fx.GraphModule) -> bool:
+    """Whether weights go into functions that tracing does not look into (torch.fx.wrap)."""
+    functions = (node for node in graph_module.graph.nodes if node.op == "call_function")
+    opaque = (node for node in functions if getattr(node.target, "__module__", None) and not _is_known(node.target))
+    return any(parameter_read(graph_module, value) is not None for node in opaque for value in node.all_input_nodes)
+
+
+def _is_known(function: Any) -> bool:
+    return function.__module__.partition(".")[0] in ("torch", "_operator", "operator", "builtins", "math")
+
+
+def _count_called(model: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor]) -> int:
+    """How many Linear and convolution layers one run calls."""
+    called: set[nn.Module] = set()
+    layers = [module for module in model.modules() if has_stock_forward(module)]
+    handles = [layer.register_forward_hook(lambda module, *_: called.add(module)) for layer in layers]
+    try:
+        with plain_attention():
+            run(model, args, kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return len(called)
 
 
 def _run_model(model: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor]) -> list[Tensor]:
@@ -103,7 +175,8 @@ def _run_model(model: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, 
                 f"example input {name} of shape {tuple(value.shape)} is empty; nothing could be verified on it"
             )
     try:
-        outputs = run(model, args, kwargs)
+        with plain_attention():
+            outputs = run(model, args, kwargs)
     except Exception as error:
         shapes = ", ".join(f"{tuple(value.shape)} {value.dtype}" for value in (*args, *kwargs.values()))
         raise InputError(
@@ -169,14 +242,16 @@ def _compare(reference: list[Tensor], found: list[Tensor]) -> float:
     return worst
 
 
-def _unseen(original: nn.Module, traced: fx.GraphModule) -> tuple[Skipped, ...]:
-    """Layers with weights that the graph does not call."""
+def _unseen(model: nn.Module, traced: fx.GraphModule) -> tuple[Skipped, ...]:
+    """Layers with weights that the graph neither calls nor reads."""
     called = dict.fromkeys(str(node.target) for node in traced.graph.nodes if node.op == "call_module")
-    leaves = {id(traced.get_submodule(name)): name for name in called}
+    read = {id(parameter_read(traced, node)) for node in traced.graph.nodes}
+    known = read | {id(p) for name in called for p in traced.get_submodule(name).parameters(recurse=False)}
     found = []
-    for name, module in original.named_modules():
-        own = any(parameter.dim() >= 2 for parameter in module.parameters(recurse=False))
-        if not own or id(module) in leaves:
+    for name, module in model.named_modules():
+        weights = [weight for weight in module.named_parameters(recurse=False) if weight[1].dim() >= 2]
+        own = [key for key, weight in weights if id(weight) not in known and _join(name, key) not in called]
+        if not own or name in called:
             continue
         inside = next((leaf for leaf in called if name.startswith(f"{leaf}.")), None)
         if inside is not None:
@@ -185,15 +260,12 @@ def _unseen(original: nn.Module, traced: fx.GraphModule) -> tuple[Skipped, ...]:
                 Skipped(name, f"{leaf} {inside} reads its weight directly; only layers called as such are seen")
             )
         elif not any(True for child in module.children() if has_weight_matrix(child)):
-            found.append(Skipped(name or type(original).__name__, _why_unseen(name, module, traced)))
+            found.append(Skipped(name or type(model).__name__, "not called on the example inputs"))
     return tuple(found)
 
 
-def _why_unseen(name: str, module: nn.Module, traced: fx.GraphModule) -> str:
-    reads = any(n.op == "get_attr" and str(n.target).startswith(f"{name}." if name else "") for n in traced.graph.nodes)
-    if reads:
-        return f"{type(module).__name__} computes with its weight in a forward of its own; use the stock layer there"
-    return "not called on the example inputs"
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
 
 
 def _remaining_batch_norms(module: fx.GraphModule, inputs: tuple[Tensor, ...], trainable: bool) -> tuple[Skipped, ...]:

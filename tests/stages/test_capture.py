@@ -19,10 +19,12 @@ from torch.nn.utils import parametrizations
 
 from tdfx.errors import CaptureError, InputError, VerificationError, WeightError
 from tdfx.passes.count import count
+from tdfx.passes.shape_prop import ShapeProp
+from tdfx.passes.sites import FindSites
 from tdfx.records.capture import Capture
 from tdfx.stages.capture import capture
 
-TRACEABLE = sorted(NETWORKS.keys() - {"vit", "language_model"})
+EXPORTED = ("language_model", "transformer", "vit")  # what symbolic tracing does not take, or not whole
 X = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
 
 
@@ -105,7 +107,7 @@ def test_the_model_is_left_bit_for_bit_as_it_was(trainable: bool, fails: bool) -
     same(torch.random.get_rng_state(), state)
 
 
-@pytest.mark.parametrize("name", TRACEABLE)
+@pytest.mark.parametrize("name", sorted(NETWORKS))
 @pytest.mark.parametrize("trainable", [False, True])
 def test_networks_compute_the_same(name: str, trainable: bool) -> None:
     model, args = build(name)
@@ -113,9 +115,11 @@ def test_networks_compute_the_same(name: str, trainable: bool) -> None:
     captured = capture(model, args, trainable=trainable)
     assert snapshot(model) == before
     same(captured.module(*args), model.eval()(*args), 1e-4)
-    assert captured.max_rel_diff <= (0.0 if trainable else 1e-5)
+    # In training, attention is written out for the dropout of its weights.
+    assert captured.max_rel_diff <= (1e-6 if name == "transformer" else 0.0 if trainable else 1e-5)
     assert captured.workloads == count(model, args, {})
-    assert (captured.tier, captured.trainable, captured.args, captured.kwargs) == ("fx", trainable, args, {})
+    tier = "export" if name in EXPORTED else "fx"
+    assert (captured.tier, captured.trainable, captured.args, captured.kwargs) == (tier, trainable, args, {})
     assert not any(module.training for module in captured.module.modules())
 
 
@@ -273,13 +277,20 @@ class OwnForward(nn.Conv2d):
         return F.conv2d(x, self.weight, self.bias, self.stride, self.padding) / 2
 
 
-def test_a_layer_with_a_forward_of_its_own_is_skipped_and_the_rest_is_seen() -> None:
-    captured = capture(nn.Sequential(OwnForward(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)), X)
-    assert calls(captured) == ["1", "2"]
-    assert reasons(captured) == {
-        "0": "OwnForward computes with its weight in a forward of its own; use the stock layer there",
-        "1": "BatchNorm is not folded: it does not follow a convolution or linear layer",
-    }
+class OwnWeight(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight - self.weight.mean(), self.bias, self.stride, self.padding)
+
+
+def test_a_layer_with_a_forward_of_its_own_is_seen_if_it_computes_with_its_weight_as_it_is() -> None:
+    captured = capture(nn.Sequential(OwnForward(3, 4, 3), nn.BatchNorm2d(4), OwnWeight(4, 4, 1)), X)
+    assert calls(captured) == ["0", "1"]
+    assert type(captured.module.get_submodule("0")) is nn.Conv2d
+    assert reasons(captured) == {"1": "BatchNorm is not folded: it does not follow a convolution or linear layer"}
+    _, skipped = FindSites(ShapeProp((X,)).run(captured.module)).run(captured.module)
+    assert [(entry.layer, entry.reason) for entry in skipped] == [
+        ("2.weight", "a parameter that mean and sub read; only weights of layers are compressed")
+    ]
 
 
 def test_modules_that_are_not_called_are_skipped() -> None:
@@ -288,19 +299,18 @@ def test_modules_that_are_not_called_are_skipped() -> None:
     assert found == dict.fromkeys(("layers.1", "layers.2.0"), "not called on the example inputs")
 
 
-def test_layers_inside_torchs_own_blocks_are_skipped() -> None:
+def test_layers_inside_torchs_own_blocks_are_seen() -> None:
     model, args = build("transformer")
     captured = capture(model, args)
-    assert calls(captured) == ["encoder", "head"]
-    reason = "TransformerEncoder encoder reads its weight directly; only layers called as such are seen"
-    parts = ("self_attn", "self_attn.out_proj", "linear1", "linear2")
-    assert reasons(captured) == {f"encoder.layers.{index}.{part}": reason for index in (0, 1) for part in parts}
+    parts = [*(f"self_attn.{part}_proj" for part in ("q", "k", "v", "out")), "linear1", "linear2", "norm1", "norm2"]
+    assert set(calls(captured)) == {"head", *(f"encoder.layers.{index}.{part}" for index in (0, 1) for part in parts)}
+    assert captured.skipped == ()
 
 
-def test_a_functional_layer_on_a_parameter_is_captured() -> None:
+def test_a_functional_layer_on_a_parameter_is_captured_as_a_layer() -> None:
     model, args = build("functional")
     captured = capture(model, args)
-    assert calls(captured) == []
+    assert calls(captured) == ["first", "kernel", "last"]
     same(captured.module(*args), model(*args))
 
 
