@@ -47,7 +47,6 @@ class LiftModules(RewritePass):
                 self._dropout(graph_module, node)
             elif node.target in RNNS:
                 self._rnn(graph_module, node)
-        graph_module.graph.eliminate_dead_code()
 
     def _batch_norm(self, graph_module: fx.GraphModule, node: fx.Node) -> None:
         arguments: Any = node.args
@@ -57,6 +56,8 @@ class LiftModules(RewritePass):
         name = str(mean.target).rpartition(".")[0]
         module = _submodule(self.origin, name)
         if not isinstance(module, BatchNorm) or type(module).forward is not BatchNorm.forward:
+            if "val" not in x.meta:
+                return
             # A subclass may do more than normalise: the rest of its forward stands in the graph.
             values = [None if node is None else attribute(graph_module, node) for node in (weight, bias, mean, var)]
             counter = getattr(module, "num_batches_tracked", None)

@@ -17,7 +17,7 @@ class Capture:
     Attributes:
         original: copy of the model as given, in eval mode, without hooks and parametrizations.
         module: the graph, with layers as ``call_module`` nodes under their original qualified names.
-        tier: how it was captured: "fx" for symbolic tracing.
+        tier: how it was captured: "fx" by symbolic tracing, "export" by torch.export.
         args: positional example inputs.
         kwargs: keyword example inputs.
         trainable: whether BatchNorm and Dropout were kept.

@@ -5,10 +5,12 @@ from __future__ import annotations
 import inspect
 from collections import OrderedDict
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
 from torch.nn.parameter import is_lazy
 
 from tdfx.contained import plain_attention
@@ -18,7 +20,8 @@ from tdfx.inputs import Inputs, as_args, as_kwargs, run
 from tdfx.passes.capture import has_stock_forward, isolate, symbolic_trace
 from tdfx.passes.count import count
 from tdfx.passes.drop_inactive import DropInactive
-from tdfx.passes.export_trace import export_trace
+from tdfx.passes.drop_unread import DropUnread
+from tdfx.passes.export_trace import export_trace, operators
 from tdfx.passes.fold_batch_norm import FoldBatchNorm, RemainingBatchNorms
 from tdfx.passes.layer_operators import parameter_read
 from tdfx.passes.lift_layers import LiftLayers
@@ -27,27 +30,33 @@ from tdfx.passes.shape_prop import ShapeProp, bind
 from tdfx.passes.sites import has_weight_matrix
 from tdfx.passes.unpack_attention import unpack_attention
 from tdfx.passes.verify import relative_difference
+from tdfx.pt2 import load_program
 from tdfx.records.capture import Capture
 from tdfx.records.layer import Skipped
+
+Model = nn.Module | ExportedProgram | str | Path
 
 # Allowed between the model's outputs and the normalized graph's; folding BatchNorm rounds weights anew.
 RTOL = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
 def capture(
-    model: nn.Module,
-    example_inputs: Inputs,
+    model: Model,
+    example_inputs: Inputs | None = None,
     example_kwargs: Mapping[str, Tensor] | None = None,
     *,
     trainable: bool = False,
 ) -> Capture:
-    """Captures a model's graph by symbolic tracing and normalizes it: BatchNorm folded, Dropout and Identity dropped.
+    """Captures a model's graph and normalizes it: BatchNorm folded, Dropout and Identity dropped.
 
-    The model is copied; its weights, buffers, hooks and train flags stay as they are. The graph is of eval mode.
+    The model is copied; its weights, buffers, hooks and train flags stay as they are. The graph is of eval mode. It
+    comes from symbolic tracing ("fx"), or, where that fails or sees fewer layers, from torch.export ("export") with the
+    batch size free and all other sizes those of the example inputs.
 
     Args:
-        model: any module that torch.fx can trace.
-        example_inputs: a tensor or tuple of tensors that ``model`` takes; shapes decide the costs.
+        model: a module, an ``ExportedProgram``, or the path of a ``.pt2`` file with one.
+        example_inputs: a tensor or tuple of tensors that ``model`` takes; shapes decide the costs. None for those
+            that an exported program was made with.
         example_kwargs: keyword arguments, tensors.
         trainable: keep BatchNorm and Dropout, so that the result trains as the original would.
 
@@ -60,10 +69,9 @@ def capture(
         CaptureError: the model cannot be copied or traced; names the construct.
         VerificationError: the graph does not compute what the model does.
     """
-    if not isinstance(model, nn.Module):
-        raise InputError(f"model is a {type(model).__name__}; expected a torch.nn.Module")
-    if isinstance(model, torch.jit.ScriptModule):
-        raise CaptureError("model is a TorchScript module, which hides its layers; give the module it was made from")
+    model, program = _module(model)
+    if program is not None and example_inputs is None and not example_kwargs:
+        example_inputs, example_kwargs = program.example_inputs or (None, None)
     args, kwargs = as_args(example_inputs), as_kwargs(example_kwargs)
     original, notes = _isolated(model)
     _check_values(original)
@@ -77,7 +85,10 @@ def capture(
         reference = _run_model(original, args, kwargs)
     notes = (*notes, *_buffer_notes(original, buffers))
     unpacked = unpack_attention(original, trainable=trainable)
-    tier, traced, tier_notes = _trace(unpacked, args, kwargs)
+    if program is None:
+        tier, traced, tier_notes = _trace(unpacked, args, kwargs)
+    else:
+        tier, traced, tier_notes = "export", _lift(original, original), ()
     inputs = bind(traced, args, kwargs)
     module = traced if trainable else normalize(traced, inputs)
     if trainable:
@@ -97,6 +108,22 @@ def capture(
         skipped=(*_unseen(unpacked, traced), *_remaining_batch_norms(module, inputs, trainable)),
         max_rel_diff=_compare(reference, run(module, args, kwargs)),
         notes=(*notes, *tier_notes),
+    )
+
+
+def _module(model: object) -> tuple[nn.Module, ExportedProgram | None]:
+    """The model as a module, and the exported program that it comes from."""
+    if isinstance(model, str | Path):
+        model = load_program(model)
+    if isinstance(model, ExportedProgram):
+        return operators(model), model
+    if isinstance(model, torch.jit.ScriptModule):
+        raise CaptureError("model is a TorchScript module, which hides its layers; give the module it was made from")
+    if isinstance(model, nn.Module):
+        return model, None
+    raise InputError(
+        f"model is a {type(model).__name__}; expected a torch.nn.Module, a torch.export.ExportedProgram or the path of "
+        "a .pt2 file"
     )
 
 
@@ -120,7 +147,7 @@ def _trace(
     """Tier, graph and notes: symbolic tracing if it sees all layers, or else torch.export if that sees more of them."""
     traced, problem = None, None
     try:
-        traced = LiftLayers(model).run(symbolic_trace(model, args, kwargs))
+        traced = _lift(symbolic_trace(model, args, kwargs), model)
         if len(_layers(traced)) >= _count_called(model, args, kwargs) and not _calls_opaque(traced):
             return "fx", traced, ()
     except CaptureError as error:
@@ -131,10 +158,15 @@ def _trace(
         if traced is not None:
             return "fx", traced, ()
         raise CaptureError(f"{problem}. {error}") from error
-    lifted = LiftModules(model).run(LiftLayers(model).run(exported))
+    lifted = _lift(exported, model)
     if traced is not None and len(_layers(traced)) >= len(_layers(lifted)):
         return "fx", traced, ()
     return "export", lifted, notes
+
+
+def _lift(operators: nn.Module, model: nn.Module) -> fx.GraphModule:
+    assert isinstance(operators, fx.GraphModule)
+    return DropUnread().run(LiftModules(model).run(LiftLayers(model).run(operators)))
 
 
 def _layers(graph_module: fx.GraphModule) -> set[str]:
