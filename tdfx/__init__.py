@@ -1,6 +1,7 @@
 """tdfx: compresses trained PyTorch networks by tensor decomposition, to a budget, verified.
 
-``compress`` does all of it; ``capture``, ``profile``, ``plan``, ``apply`` and ``export_onnx`` are its stages.
+``compress`` does all of it; ``capture``, ``profile``, ``plan``, ``apply`` and ``export_onnx`` are its stages;
+``save`` and ``load`` keep results.
 """
 
 from tdfx.budget import Budget
@@ -20,10 +21,12 @@ from tdfx.onnx_export import ExportReport, export_onnx
 from tdfx.records.candidate import Candidate
 from tdfx.records.capture import Capture
 from tdfx.records.cost import Cost
+from tdfx.records.inputs import InputSpec
 from tdfx.records.layer import LayerSpec, Site, Skipped
 from tdfx.records.plan import Plan
 from tdfx.records.profile import Profile
 from tdfx.records.result import Report, Result
+from tdfx.saving import load, save
 from tdfx.stages.apply import apply
 from tdfx.stages.capture import capture
 from tdfx.stages.compress import compress
@@ -41,6 +44,7 @@ __all__ = [
     "ExportError",
     "ExportReport",
     "InputError",
+    "InputSpec",
     "LayerSpec",
     "OptionError",
     "PassError",
@@ -59,6 +63,8 @@ __all__ = [
     "capture",
     "compress",
     "export_onnx",
+    "load",
     "plan",
     "profile",
+    "save",
 ]

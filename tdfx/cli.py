@@ -21,7 +21,7 @@ from tdfx.errors import TdfxError
 from tdfx.loading import example_inputs, load_model, load_weights
 from tdfx.onnx_export import LEAST_OPSET, ExportReport
 from tdfx.records.plan import MOST_SEED
-from tdfx.saving import output_folder
+from tdfx.saving import FILES, output_folder
 from tdfx.stages.compress import compress as compress_model
 from tdfx.tables import align, count
 from tdfx.version import VERSION
@@ -165,5 +165,5 @@ def _written(out: Path, export: ExportReport) -> str:
     return (
         f"ONNX Runtime differs by {export.max_rel_diff:.2g} of the largest output, {export.rtol:g} allowed, "
         f"at batch {batches}\n"
-        f"{out}: model.onnx ({size}, opset {export.opset}), model.safetensors, plan.json, report.json"
+        f"{out}: model.onnx ({size}, opset {export.opset}), {', '.join(FILES)}; tdfx.load reads it"
     )

@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tdfx.errors import InputError
+from tdfx.records.inputs import InputSpec
 
 DTYPES = {
     name: getattr(torch, name)
@@ -112,18 +113,41 @@ def example_inputs(texts: Iterable[str], seed: int = 0) -> tuple[tuple[Tensor, .
             raise InputError(f"input {text!r}: {match['name']} is given twice; give each keyword argument once")
         shape = [int(size) for size in match["shape"].split("x")]
         dtype: torch.dtype = DTYPES[match["dtype"] or "float32"]
-        try:
-            if dtype.is_floating_point:
-                value = torch.randn(shape, generator=generator).to(dtype)
-            else:
-                value = torch.randint(2, shape, generator=generator).to(dtype)
-        except (RuntimeError, TypeError, MemoryError) as error:  # sizes beyond memory, or beyond 64 bits
-            raise InputError(f"input {text!r}: no room for a tensor of this shape; give smaller sizes") from error
+        value = _draw(text, shape, dtype, generator)
         if match["name"] is None:
             args.append(value)
         else:
             kwargs[match["name"]] = value
     return tuple(args), kwargs
+
+
+def draw_inputs(specs: Iterable[InputSpec], seed: int = 0) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+    """Inputs as ``example_inputs`` makes them, for specifications that a report holds.
+
+    Raises:
+        InputError: a dtype is unknown, or there is no room for the tensor.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    args: list[Tensor] = []
+    kwargs: dict[str, Tensor] = {}
+    for spec in specs:
+        if spec.dtype not in DTYPES:
+            raise InputError(f"{spec} has an unknown dtype; expected one of {', '.join(DTYPES)}")
+        value = _draw(str(spec), list(spec.shape), DTYPES[spec.dtype], generator)
+        if spec.name is None:
+            args.append(value)
+        else:
+            kwargs[spec.name] = value
+    return tuple(args), kwargs
+
+
+def _draw(text: str, shape: list[int], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    try:
+        if dtype.is_floating_point:
+            return torch.randn(shape, generator=generator).to(dtype)
+        return torch.randint(2, shape, generator=generator).to(dtype)
+    except (RuntimeError, TypeError, MemoryError) as error:  # sizes beyond memory, or beyond 64 bits
+        raise InputError(f"input {text!r}: no room for a tensor of this shape; give smaller sizes") from error
 
 
 def _import_file(name: str, path: Path) -> ModuleType:

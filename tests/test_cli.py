@@ -43,7 +43,7 @@ def small(): return nn.Sequential(nn.Conv2d(4, 8, 3, bias=False))
 def fail(): raise ValueError("no such width")
 def interrupt(): raise KeyboardInterrupt
 """
-FILES = ["model.onnx", "model.safetensors", "plan.json", "report.json"]
+FILES = ["model.onnx", "model.safetensors", "plan.json", "report.json", "structure.json"]
 INPUTS = ["2x4x8x8", "ids=2x3:int64"]
 ARGUMENTS = ["--input", INPUTS[0], "--input", INPUTS[1], "--budget", "params=60%", "--methods", "spatial_svd,svd"]
 
@@ -93,6 +93,7 @@ def test_saved_factors_make_the_saved_network_again(folder: Path) -> None:
     result = tdfx.apply(load_model("net.py:make"), args, plan, example_kwargs=kwargs, factors=factors)
     with torch.no_grad():
         wanted = result.module(*args, **kwargs).numpy()
+        np.testing.assert_array_equal(tdfx.load("out").module(*args, **kwargs).numpy(), wanted)
     session = onnxruntime.InferenceSession("out/model.onnx", providers=["CPUExecutionProvider"])
     names = [value.name for value in session.get_inputs()]
     (found,) = session.run(None, dict(zip(names, [args[0].numpy(), kwargs["ids"].numpy()], strict=True)))

@@ -110,7 +110,15 @@ def test_the_whole_demo_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(demo, "checks", checked)
     assert demo.demo(tmp_path, shown.append, epochs=1, images=128) == ["told"]
     old, new = figures
-    names = ["model.onnx", "model.safetensors", "original.onnx", "original.safetensors", "plan.json", "report.json"]
+    names = [
+        "model.onnx",
+        "model.safetensors",
+        "original.onnx",
+        "original.safetensors",
+        "plan.json",
+        "report.json",
+        "structure.json",
+    ]
     assert sorted(os.listdir(tmp_path)) == names
     plan = tdfx.Plan.from_json((tmp_path / "plan.json").read_text())
     assert (old.flops, new.flops, new.params) == (plan.before.flops, plan.after.flops, plan.after.params)

@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from tdfx.errors import InputError
-from tdfx.loading import DTYPES, example_inputs, load_model, load_weights
+from tdfx.loading import DTYPES, draw_inputs, example_inputs, load_model, load_weights
+from tdfx.records.inputs import InputSpec
 
 SOURCE = """
 from __future__ import annotations
@@ -212,3 +213,22 @@ def test_entries_that_are_no_named_tensors_are_refused(tmp_path: Path, state: di
     torch.save(state, tmp_path / "w.pt")
     with pytest.raises(InputError, match="found entries that are no named tensors"):
         load_weights(nn.Linear(2, 2), tmp_path / "w.pt")
+
+
+def test_specifications_draw_what_texts_draw() -> None:
+    specs = (InputSpec(None, (2, 3), "float32"), InputSpec("ids", (2, 4), "int64"))
+    (args, kwargs), (wanted, named) = draw_inputs(specs, 5), example_inputs(["2x3", "ids=2x4:int64"], 5)
+    assert torch.equal(args[0], wanted[0])
+    assert kwargs.keys() == named.keys() and torch.equal(kwargs["ids"], named["ids"])
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (InputSpec(None, (2,), "load"), r"dtype='load'\) has an unknown dtype; expected one of float32"),
+        (InputSpec(None, (10**18, 10**18), "float32"), r"no room for a tensor of this shape; give smaller sizes"),
+    ],
+)
+def test_specifications_that_cannot_be_drawn_are_named(spec: InputSpec, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        draw_inputs((spec,))

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
-from typing import Any, TypeVar
+from dataclasses import asdict, dataclass
 
 from tdfx.errors import PlanError
 from tdfx.records.candidate import Candidate, format_rank
 from tdfx.records.cost import Cost
 from tdfx.records.layer import Skipped
+from tdfx.records.reading import parse, read
 from tdfx.tables import align, count, seconds
 
 VERSION = 1
 MOST_SEED = 2**63 - 1  # torch takes no larger one
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -106,63 +103,8 @@ class Plan:
         Raises:
             PlanError: naming the field that is missing, unknown or of the wrong type, the version, or the site.
         """
-        try:
-            values = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise PlanError(f"the plan is no JSON: {error}") from error
-        if not isinstance(values, dict):
-            raise PlanError(f"the plan is a JSON {type(values).__name__}; expected an object")
+        values = parse(text, "the plan")
         version = values.pop("version", None)
-        if not _is_int(version) or version != VERSION:
+        if type(version) is not int or version != VERSION:
             raise PlanError(f"the plan has version {version!r}; this tdfx reads version {VERSION}: make the plan anew")
-        return _read(cls, values, "plan")
-
-
-def _read(record: type[T], values: object, where: str) -> T:
-    """A frozen dataclass from a JSON object, every field checked."""
-    if not isinstance(values, dict):
-        raise PlanError(f"{where} is {values!r}; expected an object")
-    known = {field.name: field for field in fields(record)}  # type: ignore[arg-type]
-    unknown = [name for name in values if name not in known]
-    missing = [name for name in known if name not in values and name not in ("notes", "caveat")]
-    if unknown or missing:
-        named = (("unknown", unknown), ("missing", missing))
-        problems = "; ".join(f"{what} {', '.join(map(repr, names))}" for what, names in named if names)
-        raise PlanError(f"{where}: {problems}; expected are {', '.join(known)}")
-    return record(**{name: _value(str(known[name].type), value, f"{where}.{name}") for name, value in values.items()})
-
-
-def _value(kind: str, value: object, where: str) -> Any:
-    optional, kind = kind.endswith(" | None"), kind.removesuffix(" | None")
-    if value is None and optional:
-        return None
-    if kind.startswith("tuple[") or kind == "Rank":
-        if not isinstance(value, list):
-            raise PlanError(f"{where} is {value!r}; expected a list")
-        element = "rank" if kind == "Rank" else kind.removeprefix("tuple[").removesuffix(", ...]")
-        return tuple(_value(element, entry, f"{where}[{index}]") for index, entry in enumerate(value))
-    if kind in _RECORDS:
-        return _read(_RECORDS[kind], value, where)
-    convert, expected = _SCALARS[kind]
-    if not convert(value):
-        raise PlanError(f"{where} is {value!r}; expected {expected}")
-    return value
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _is_number(value: object) -> bool:
-    # JSON has no bounds and Python's reader takes NaN and Infinity.
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= sys.float_info.max
-
-
-_RECORDS: dict[str, type] = {"Candidate": Candidate, "Cost": Cost, "Skipped": Skipped}
-_SCALARS: dict[str, tuple[Callable[[object], bool], str]] = {
-    "str": (lambda value: isinstance(value, str), "a string"),
-    "bool": (lambda value: isinstance(value, bool), "true or false"),
-    "int": (_is_int, "a whole number of 0 or more"),
-    "rank": (lambda value: _is_int(value) and value != 0, "a positive whole number"),
-    "float": (_is_number, "a finite number of 0 or more"),
-}
+        return read(cls, values, "plan")

@@ -9,8 +9,10 @@ from typing import Any
 from torch import nn
 
 from tdfx.records.cost import Cost
+from tdfx.records.inputs import InputSpec
 from tdfx.records.layer import Skipped
 from tdfx.records.plan import Plan
+from tdfx.records.reading import parse, read
 from tdfx.tables import count, seconds, share
 
 
@@ -23,6 +25,7 @@ class Report:
         before: cost of the whole model as given.
         after: cost of the result, counted on the result itself.
         skipped: layers left as they are, with reasons.
+        inputs: the example inputs that the costs hold for.
         tier: how the graph was captured: "fx".
         timings_s: seconds by stage.
         verification: largest relative differences found: "capture" (graph against model), "network" (result against
@@ -35,6 +38,7 @@ class Report:
     before: Cost
     after: Cost
     skipped: tuple[Skipped, ...]
+    inputs: tuple[InputSpec, ...]
     tier: str
     timings_s: dict[str, float]
     verification: dict[str, Any]
@@ -44,6 +48,17 @@ class Report:
     def to_json(self) -> str:
         """All of it as indented JSON."""
         return json.dumps(asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Report:
+        """Reads what ``to_json`` wrote; what the command line adds about the exported file is left out.
+
+        Raises:
+            PlanError: naming the field that is missing, unknown or of the wrong type.
+        """
+        values = parse(text, "the report")
+        values.pop("export", None)
+        return read(cls, values, "report")
 
     def __str__(self) -> str:
         lines = [str(self.plan), ""]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ from tdfx.passes.verify import VerifyChains, VerifyFullRank, relative_difference
 from tdfx.records.candidate import Candidate, format_rank
 from tdfx.records.capture import Capture
 from tdfx.records.cost import Cost
+from tdfx.records.inputs import InputSpec
 from tdfx.records.layer import Site
 from tdfx.records.plan import Plan
 from tdfx.records.result import Report, Result
@@ -35,6 +37,8 @@ from tdfx.targets import Target, find_target, layer_cost
 from tdfx.version import VERSION
 
 VERIFY = ("plan", "full")
+EMPTY = "empty"
+EMPTY_NOTE = "the factors are empty and were not verified: load their weights with load_state_dict before use"
 
 
 def apply(
@@ -44,7 +48,7 @@ def apply(
     *,
     example_kwargs: Mapping[str, Tensor] | None = None,
     moments: None = None,
-    factors: Mapping[str, Tensor] | None = None,
+    factors: Mapping[str, Tensor] | Literal["empty"] | None = None,
     verify: str = "plan",
 ) -> Result:
     """Decomposes the layers as a plan says and splices the factors into a copy of the model.
@@ -59,6 +63,8 @@ def apply(
         moments: calibration moments; only for metrics that need data, which weight metrics do not.
         factors: the state dict of a result of this plan; its tensors are then loaded instead of decomposing, and the
             model's own weights may differ from those the plan was made for. Errors stay as the plan states them.
+            "empty" leaves the factors' weights NaN and checks of them out, for ``load_state_dict`` to fill: a factor
+            that is not loaded shows in every output.
         verify: "plan" checks every chain as planned; "full" also checks every method at full rank on every layer.
 
     Returns:
@@ -73,8 +79,8 @@ def apply(
     check_verify(verify)
     if not isinstance(plan, Plan):
         raise PlanError(f"plan is a {type(plan).__name__}; expected a tdfx.Plan, which Plan.from_json reads from text")
-    if not isinstance(factors, Mapping | None):
-        raise PlanError(f"factors is a {type(factors).__name__}; expected a state dict")
+    if factors != EMPTY and not isinstance(factors, Mapping | None):
+        raise PlanError(f'factors is a {type(factors).__name__}; expected a state dict or "{EMPTY}"')
     target, metric = _target_and_metric(plan)
     if moments is not None:
         raise PlanError(f"the plan's metric is {metric}, which takes no moments; leave moments out")
@@ -98,14 +104,15 @@ def apply(
         updated, replacements[site.name] = _factorized(captured, site, candidate, plan.seed, target, factors)
         candidates.append(updated)
     compressed = Factorize(replacements).run(module)
-    if factors is not None:
+    if isinstance(factors, Mapping):
         _load(compressed, factors)
     factorized_s = time.perf_counter() - started
 
     started = time.perf_counter()
     verification: dict[str, Any] = {"capture": captured.max_rel_diff}
-    verification["chains"] = VerifyChains(inputs, replacements).run(module)
-    verification["network"] = _verify_network(captured, compressed, replacements)
+    if factors != EMPTY:
+        verification["chains"] = VerifyChains(inputs, replacements).run(module)
+        verification["network"] = _verify_network(captured, compressed, replacements)
     if verify == "full":
         methods = tuple(registry().values())
         verification["full_rank"] = VerifyFullRank(inputs, tuple(sites.values()), methods, plan.seed).run(module)
@@ -125,10 +132,11 @@ def apply(
         before=carried_out.before,
         after=after,
         skipped=plan.skipped,
+        inputs=_input_specs(captured),
         tier=captured.tier,
         timings_s={"capture": captured_s, "factorize": factorized_s, "verify": verified_s},
         verification=verification,
-        notes=(*captured.notes, *plan.notes),
+        notes=(*captured.notes, *plan.notes, *((EMPTY_NOTE,) if factors == EMPTY else ())),
         versions={"tdfx": VERSION, "torch": torch.__version__, "python": platform.python_version()},
     )
     return Result(compressed, carried_out, carried_out.before, after, plan.skipped, report)
@@ -203,13 +211,15 @@ def _factorized(
     candidate: Candidate,
     seed: int,
     target: Target | None,
-    factors: Mapping[str, Tensor] | None,
+    factors: Mapping[str, Tensor] | Literal["empty"] | None,
 ) -> tuple[Candidate, Replacement]:
     """The candidate with its cost and error as they are, and what takes the site's place."""
     method = registry()[candidate.method]
     cost = chain_cost(method, site, candidate.rank, target)
     error = candidate.error
-    if factors is not None:
+    if factors == EMPTY:
+        found = tuple(torch.full(spec.weight_shape, math.nan) for spec in method.chain(site, candidate.rank))
+    elif isinstance(factors, Mapping):
         found = _stored_factors(method.chain(site, candidate.rank), f"{site.name}.{candidate.method}", factors)
     else:
         weight = site_weight(captured.module, site)
@@ -243,6 +253,11 @@ def _load(module: nn.Module, factors: Mapping[str, Tensor]) -> None:
         module.load_state_dict(dict(factors))
     except RuntimeError as error:
         raise PlanError(f"factors do not fit the plan's network: {error}; pass the state dict of its result") from error
+
+
+def _input_specs(captured: Capture) -> tuple[InputSpec, ...]:
+    given = (*((None, value) for value in captured.args), *captured.kwargs.items())
+    return tuple(InputSpec(name, tuple(value.shape), str(value.dtype).removeprefix("torch.")) for name, value in given)
 
 
 def _verify_network(captured: Capture, compressed: nn.Module, replacements: Mapping[str, Replacement]) -> float:

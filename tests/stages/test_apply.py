@@ -17,9 +17,10 @@ from tdfx.errors import OptionError, PlanError, VerificationError
 from tdfx.passes.factorize import Factorize
 from tdfx.passes.sites import layer_spec
 from tdfx.records.candidate import Candidate
+from tdfx.records.inputs import InputSpec
 from tdfx.records.layer import Call, Rank, Site
 from tdfx.records.plan import Plan
-from tdfx.records.result import Result
+from tdfx.records.result import Report, Result
 from tdfx.stages import apply as stage
 from tdfx.stages.apply import apply
 from tdfx.stages.capture import capture
@@ -315,6 +316,35 @@ def test_factors_rebuild_the_result_to_the_bit_from_structure_alone() -> None:
     assert rebuilt.after == result.after
 
 
+def test_empty_factors_are_for_load_state_dict() -> None:
+    result = applied()
+    empty = apply(network(seed=1), INPUTS, planned(), factors="empty")
+    assert bool(output(empty.module).isnan().all())
+    assert (empty.plan, empty.after) == (planned(), result.after)
+    assert list(empty.report.verification) == ["capture"]
+    assert "load_state_dict before use" in empty.report.notes[-1]
+    empty.module.load_state_dict(result.module.state_dict())
+    assert torch.equal(output(empty.module), output(result.module))
+
+
+def test_empty_factors_have_the_dtype_of_their_layer() -> None:
+    empty = apply(network(dtype=torch.float64), INPUTS.double(), planned(dtype=torch.float64), factors="empty")
+    assert {parameter.dtype for parameter in empty.module.parameters()} == {torch.float64}
+
+
+@pytest.mark.parametrize("factors", ["Empty", torch.ones(2), [1]])
+def test_other_factors_are_refused(factors: Any) -> None:
+    with pytest.raises(PlanError, match=r'^factors is a \w+; expected a state dict or "empty"$'):
+        apply(network(), INPUTS, planned(), factors=factors)
+
+
+def test_the_report_survives_its_json() -> None:
+    report = apply(network(), INPUTS, planned(), verify="full").report
+    found = Report.from_json(report.to_json())
+    assert found == report
+    assert found.inputs == (InputSpec(None, (2, 8, 6, 6), "float32"),)
+
+
 def test_factors_are_copied() -> None:
     factors = {name: value.clone() for name, value in applied().module.state_dict().items()}
     rebuilt = apply(network(), INPUTS, planned(), factors=factors)
@@ -436,7 +466,7 @@ def test_the_report_says_it_all() -> None:
     report = applied().report
     values = json.loads(report.to_json())
     assert list(values) == [
-        "plan", "before", "after", "skipped", "tier", "timings_s", "verification", "notes", "versions",
+        "plan", "before", "after", "skipped", "inputs", "tier", "timings_s", "verification", "notes", "versions",
     ]  # fmt: skip
     assert list(report.timings_s) == ["capture", "factorize", "verify"] and min(report.timings_s.values()) > 0
     assert report.versions["torch"] == torch.__version__
