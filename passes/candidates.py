@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, fx
 
-from tdfx.cache import ListCache
+from tdfx.cache import ListCache, sources_digest
 from tdfx.decompositions.base import Decomposition
 from tdfx.errors import OptionError, WeightError
 from tdfx.fingerprint import tensor_digest
 from tdfx.metrics import error_scale
 from tdfx.passes.base import AnalysisPass, layer_at
+from tdfx.rank_rules import RankRule, to_multiple
 from tdfx.records.candidate import DENSE, SLOWER, Candidate, format_rank
 from tdfx.records.cost import Cost
 from tdfx.records.layer import Rank, Site, Skipped
@@ -29,7 +30,8 @@ class FindCandidates(AnalysisPass[tuple[tuple[Candidate, ...], tuple[Skipped, ..
     """Candidates of all sites, and the sites that no method can make cheaper, with reasons.
 
     Always offered are "dense" and ranks on the grid that the target's estimate does not put slower than dense. Others
-    carry a caveat: ranks below the grid and chains slower than dense, for budgets that nothing else reaches.
+    carry a caveat: ranks below the grid and chains slower than dense, for budgets that nothing else reaches. With a
+    rank rule the rank that it gives is a site's only candidate.
 
     Attributes:
         sites: where to look.
@@ -40,6 +42,7 @@ class FindCandidates(AnalysisPass[tuple[tuple[Candidate, ...], tuple[Skipped, ..
         seed: of the decompositions.
         cache: keeps errors by weight, method and ranks.
         progress: called with a description, steps done and steps in all.
+        rule: gives the rank of each site, rounded to ``rank_multiple``; None to offer many.
     """
 
     sites: tuple[Site, ...]
@@ -50,6 +53,7 @@ class FindCandidates(AnalysisPass[tuple[tuple[Candidate, ...], tuple[Skipped, ..
     seed: int
     cache: ListCache
     progress: Progress = field(default=lambda description, done, total: None)
+    rule: RankRule | None = None
 
     def apply(self, graph_module: fx.GraphModule) -> tuple[tuple[Candidate, ...], tuple[Skipped, ...]]:
         found: list[Candidate] = []
@@ -65,7 +69,7 @@ class FindCandidates(AnalysisPass[tuple[tuple[Candidate, ...], tuple[Skipped, ..
             if not factored:
                 skipped.append(Skipped(site.name, reasons))
                 continue
-            found += factored if pinned is not None else [dense, *factored]
+            found += [dense, *factored] if pinned is None and self.rule is None else factored
         self.progress("decomposing", len(self.sites), len(self.sites))
         return tuple(found), tuple(skipped)
 
@@ -75,9 +79,9 @@ class FindCandidates(AnalysisPass[tuple[tuple[Candidate, ...], tuple[Skipped, ..
         reasons = []
         for method in self.selection.methods_for(site):
             refusal = method.unsupported(site)
-            ranks = () if refusal else self._ranks(method, site, weight, pinned)
+            ranks, reason = ((), refusal) if refusal else self._ranks(method, site, weight, pinned)
             if not ranks:
-                reasons.append(refusal or f"no rank of {method.name} fits or saves anything")
+                reasons.append(reason)
                 continue
             errors = self._errors(method, weight, ranks)
             for rank, error in zip(ranks, errors, strict=True):
@@ -86,20 +90,42 @@ class FindCandidates(AnalysisPass[tuple[tuple[Candidate, ...], tuple[Skipped, ..
                 found.append(Candidate(site.name, method.name, rank, cost, error, self.metric, caveat))
         return found, "; ".join(reasons)
 
-    def _ranks(self, method: Decomposition, site: Site, weight: Tensor, pinned: Rank | None) -> tuple[Rank, ...]:
+    def _ranks(
+        self, method: Decomposition, site: Site, weight: Tensor, pinned: Rank | None
+    ) -> tuple[tuple[Rank, ...], str]:
+        """The ranks to offer, and why there are none if so."""
+        none_fits = f"no rank of {method.name} fits or saves anything"
         if pinned is not None:
-            return (pinned,) if method.is_rank(site, pinned) else ()
+            return (pinned,) if method.is_rank(site, pinned) else (), none_fits
+        if self.rule is not None:
+            return self._ruled(self.rule, method, site, weight)
         on_grid = method.shortlist(site, weight, method.ranks(site, self.rank_multiple))
-        return tuple(dict.fromkeys((*method.ranks_below(site, self.rank_multiple), *on_grid)))
+        return tuple(dict.fromkeys((*method.ranks_below(site, self.rank_multiple), *on_grid))), none_fits
+
+    def _ruled(self, rule: RankRule, method: Decomposition, site: Site, weight: Tensor) -> tuple[tuple[Rank, ...], str]:
+        rank = rule.rank(method, site, weight, lambda rank: self._norms(method, weight, (rank,))[0])
+        if 0 in rank:
+            return (), f"ranks={rule} finds only noise (rank {format_rank(rank)} of {method.name})"
+        rank = method.clamp(site, to_multiple(rank, self.rank_multiple))
+        if not method.saves(site, rank):
+            return (
+                (),
+                f"rank {format_rank(rank)} of {method.name}, from ranks={rule}, saves neither MACs nor parameters",
+            )
+        return (rank,), ""
 
     def _errors(self, method: Decomposition, weight: Tensor, ranks: tuple[Rank, ...]) -> list[float]:
-        key = (VERSION, method.name, tensor_digest(weight), ranks, self.seed)
-        norms = self.cache.get(key, lambda: method.errors(weight, ranks, seed=self.seed))
         scale = error_scale(self.metric, weight)
-        return [norm / scale for norm in norms]
+        return [norm / scale for norm in self._norms(method, weight, ranks)]
+
+    def _norms(self, method: Decomposition, weight: Tensor, ranks: tuple[Rank, ...]) -> list[float]:
+        code = sources_digest("tdfx.decompositions")
+        key = (VERSION, torch.__version__, code, method.name, tensor_digest(weight), ranks, self.seed)
+        return self.cache.get(key, len(ranks), lambda: method.errors(weight, ranks, seed=self.seed))
 
     def _caveat(self, rank: Rank, cost: Cost, dense: Cost) -> str:
-        caveats = [f"rank off the grid of {self.rank_multiple}"] if any(r % self.rank_multiple for r in rank) else []
+        off_grid = self.rule is None and any(r % self.rank_multiple for r in rank)
+        caveats = [f"rank off the grid of {self.rank_multiple}"] if off_grid else []
         if cost.latency_s is not None and dense.latency_s is not None and cost.latency_s >= dense.latency_s:
             caveats.append(SLOWER)
         return " and ".join(caveats)

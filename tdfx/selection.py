@@ -75,6 +75,21 @@ class Selection:
                         f"{option}: {glob!r} matches no layer; the model has {some}{', ...' * (len(names) > 5)}"
                     )
 
+    def check_one_method(self) -> None:
+        """Raises OptionError where several methods stand to choice, of which a rank rule could not say the better."""
+        choices = {"methods": self.methods}
+        choices |= {
+            f"overrides[{glob!r}]['methods']": find_methods(wishes["methods"])
+            for glob, wishes in self.overrides.items()
+            if "methods" in wishes
+        }
+        for option, methods in choices.items():
+            if len(methods) != 1:
+                raise OptionError(
+                    f"{option} names {', '.join(method.name for method in methods)}; expected exactly one method with "
+                    'ranks, e.g. methods="tucker2", or a budget instead'
+                )
+
     def reason_to_skip(self, site: Site) -> Skipped | None:
         """Why the user leaves this site alone, if so."""
         if self.include and not _matches(site.name, self.include):

@@ -115,3 +115,23 @@ def test_ranks() -> None:
 def test_what_is_no_rank_is_refused(value: object) -> None:
     with pytest.raises(OptionError, match=r"^the rank is .*; expected a positive integer"):
         as_rank(value, "the rank")
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({}, "methods names channel_svd, cp, .*tucker2; expected exactly one"),
+        ({"methods": ["svd", "tt"]}, "methods names svd, tt;"),
+        (
+            {"methods": "svd", "overrides": {"fc": {"methods": ["cp", "tt"]}}},
+            r"overrides\['fc'\]\['methods'\] names cp, tt;",
+        ),
+    ],
+)
+def test_more_than_one_method_is_no_single_one(options: dict[str, Any], named: str) -> None:
+    with pytest.raises(OptionError, match=named):
+        selection(**options).check_one_method()
+
+
+def test_overrides_may_name_another_single_method() -> None:
+    selection(methods=["tucker2"], overrides={"fc": {"methods": "svd"}, "stem": {"skip": True}}).check_one_method()

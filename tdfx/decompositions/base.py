@@ -82,6 +82,18 @@ class Decomposition(ABC):
         """The ranks whose errors are worth computing for this weight."""
         return tuple(ranks)
 
+    def unfoldings(self, weight: Tensor) -> tuple[Tensor, ...]:
+        """Matrices of the weight's elements whose ranks the method's rank is about; what rank rules look at.
+
+        One per entry of the rank, where cutting the matrix to that rank is what the method does; or, for a single
+        rank that no matrix tells, several, of which the largest counts. Here, as for CP: rows out, and rows in.
+        """
+        return weight.flatten(1), weight.transpose(0, 1).flatten(1)
+
+    def clamp(self, site: Site, rank: Rank) -> Rank:
+        """The valid rank nearest to this one."""
+        return tuple(min(max(r, 1), most) for r, most in zip(rank, self.full_rank(site), strict=True))
+
     def is_rank(self, site: Site, rank: Rank) -> bool:
         """Whether this is a valid rank of the method for the site."""
         full = self.full_rank(site)

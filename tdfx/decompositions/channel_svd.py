@@ -53,5 +53,8 @@ class ChannelSVD(Decomposition):
         filters, expand = factors
         return (expand.flatten(1) @ filters.flatten(1)).reshape(-1, *filters.shape[1:])
 
+    def unfoldings(self, weight: Tensor) -> tuple[Tensor, ...]:
+        return (weight.flatten(1),)
+
     def errors(self, weight: Tensor, ranks: Sequence[Rank], *, seed: int = 0) -> list[float]:
         return tail_norms(thin_svd(weight.flatten(1))[1], [r for (r,) in ranks])

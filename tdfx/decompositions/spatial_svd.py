@@ -55,6 +55,9 @@ class SpatialSVD(Decomposition):
         vertical, horizontal = factors
         return torch.einsum("rih,orw->oihw", vertical.squeeze(3), horizontal.squeeze(2))
 
+    def unfoldings(self, weight: Tensor) -> tuple[Tensor, ...]:
+        return (_unfold(weight),)
+
     def errors(self, weight: Tensor, ranks: Sequence[Rank], *, seed: int = 0) -> list[float]:
         return tail_norms(thin_svd(_unfold(weight))[1], [r for (r,) in ranks])
 

@@ -29,7 +29,16 @@ def thin_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def leading_basis(matrix: Tensor, rank: int) -> Tensor:
-    """Orthonormal basis (m, rank) of the dominant left singular subspace of a matrix (m, n), by its Gram matrix."""
+    """Orthonormal basis (m, rank) of the dominant left singular subspace of a matrix (m, n), by a Gram matrix.
+
+    A Gram matrix cannot tell singular values below 1e-8 of the largest from 0: where rows are more than columns, the
+    basis is made of the matrix's own columns, so that from rank n on it spans them all.
+    """
+    rows, columns = matrix.shape
+    if columns < rows:
+        _, vectors = torch.linalg.eigh(matrix.T @ matrix)
+        spanning: Tensor = torch.linalg.qr(matrix @ vectors.flip(-1), "complete" if rank > columns else "reduced")[0]
+        return spanning[:, :rank]
     _, vectors = torch.linalg.eigh(matrix @ matrix.T)
     leading: Tensor = vectors[:, -rank:].flip(-1)
     return leading

@@ -56,5 +56,8 @@ class SVD(Decomposition):
         matrix = expand.flatten(1) @ reduce.flatten(1)
         return matrix.reshape(*matrix.shape, *reduce.shape[2:])
 
+    def unfoldings(self, weight: Tensor) -> tuple[Tensor, ...]:
+        return (weight.flatten(1),)
+
     def errors(self, weight: Tensor, ranks: Sequence[Rank], *, seed: int = 0) -> list[float]:
         return tail_norms(thin_svd(weight.flatten(1))[1], [r for (r,) in ranks])

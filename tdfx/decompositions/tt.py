@@ -47,6 +47,19 @@ class TensorTrain(Decomposition):
         growth = zip(rank, rank[1:], site.layer.kernel_size, strict=False)
         return super().is_rank(site, rank) and all(right <= left * size for left, right, size in growth)
 
+    def unfoldings(self, weight: Tensor) -> tuple[Tensor, ...]:
+        """One per bond: the modes on its left against those on its right."""
+        train = weight.movedim(0, -1)
+        return tuple(train.flatten(0, bond - 1).flatten(1) for bond in range(1, train.dim()))
+
+    def clamp(self, site: Site, rank: Rank) -> Rank:
+        """From left to right, since no bond may grow beyond its left neighbour times the kernel between them."""
+        left, *others = super().clamp(site, rank)
+        clamped = [left]
+        for right, size in zip(others, site.layer.kernel_size, strict=True):
+            clamped.append(min(right, clamped[-1] * size))
+        return tuple(clamped)
+
     def ranks(self, site: Site, multiple: int = 1) -> tuple[Rank, ...]:
         full = self.full_rank(site)
         bonds = (spaced(multiple, most, multiple, int(COMBINATIONS ** (1 / len(full)))) for most in full)
@@ -54,10 +67,8 @@ class TensorTrain(Decomposition):
 
     def shortlist(self, site: Site, weight: Tensor, ranks: Sequence[Rank]) -> tuple[Rank, ...]:
         """Pareto front of MACs against the bound of theorem 2.2, thinned to ``max_ranks``."""
-        train = weight.movedim(0, -1)
         tails = []
-        for bond in range(1, train.dim()):
-            unfolded = train.flatten(0, bond - 1).flatten(1)
+        for unfolded in self.unfoldings(weight):
             gram = unfolded.T @ unfolded if unfolded.shape[0] > unfolded.shape[1] else unfolded @ unfolded.T
             tails.append([0.0, *torch.linalg.eigvalsh(gram).clamp_min(0).cumsum(0).tolist()][::-1])
         bounds = {rank: sum(tail[r] for tail, r in zip(tails, rank, strict=True)) for rank in ranks}

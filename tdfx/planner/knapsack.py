@@ -15,7 +15,6 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from fractions import Fraction
 from threading import Lock
 
@@ -25,6 +24,7 @@ from scipy.optimize import Bounds, LinearConstraint, linprog, milp
 from scipy.sparse import csr_array
 
 from tdfx.planner import FloatArray, Infeasible, IntArray
+from tdfx.planner.table import Table, at_least, check, polish
 
 BASES = (100_000, 1_000)
 """Bases of the digits: large ones make few rows, small ones stay clear of HiGHS's tolerance should a large one not."""
@@ -41,74 +41,17 @@ def solve(values: Sequence[FloatArray], costs: Sequence[IntArray], limits: IntAr
     The total is within a relative 1e-6 of the least one, and no change of a single site lowers it within the limits.
     Of a site's candidates with equal value and costs the first is taken.
     """
-    _check(values, costs, limits)
+    check(values, costs, limits)
     if not values:
         return []
-    site = np.repeat(np.arange(len(values)), [len(value) for value in values])
-    table = _Table(site, np.concatenate(values), np.concatenate(costs))
+    table = Table.of(values, costs)
     best = _least_value(table, limits)
     if best is None:
         raise Infeasible(table.least_cost.sum(axis=0).tolist(), _least_scale(table, limits))
-    return [int(row) for row in _polish(table, limits, best) - table.starts]
+    return [int(row) for row in polish(table, limits, best) - table.starts]
 
 
-def _check(values: Sequence[FloatArray], costs: Sequence[IntArray], limits: IntArray) -> None:
-    if limits.ndim != 1 or (limits < 0).any():
-        raise ValueError(f"limits must be a vector of numbers >= 0, found {limits!r}")
-    if len(values) != len(costs):
-        raise ValueError(f"found values of {len(values)} sites, but costs of {len(costs)}")
-    for i, (value, cost) in enumerate(zip(values, costs, strict=True)):
-        if value.ndim != 1 or not value.size or cost.shape != (value.size, limits.size):
-            raise ValueError(
-                f"site {i}: expected values of shape (n,) and costs of shape (n, {limits.size}) with n > 0, "
-                f"found {value.shape} and {cost.shape}"
-            )
-        if not (np.isfinite(value) & (value >= 0)).all():
-            raise ValueError(f"site {i}: values must be finite and >= 0, found {value}")
-        if (cost < 0).any():
-            raise ValueError(f"site {i}: costs must be >= 0, found {cost}")
-
-
-@dataclass(frozen=True)
-class _Table:
-    """Candidates, site after site: ``site`` (n,) ascending, ``value`` (n,), ``cost`` (n, resources)."""
-
-    site: IntArray
-    value: FloatArray
-    cost: IntArray
-
-    @property
-    def starts(self) -> IntArray:
-        """The first row of each site."""
-        return np.flatnonzero(np.diff(self.site, prepend=-1))
-
-    @property
-    def least_cost(self) -> IntArray:
-        """(sites, resources)."""
-        least: IntArray = np.minimum.reduceat(self.cost, self.starts)
-        return least
-
-    @property
-    def least_value(self) -> FloatArray:
-        """(sites,)."""
-        least: FloatArray = np.minimum.reduceat(self.value, self.starts)
-        return least
-
-    @property
-    def largest_value(self) -> float:
-        """Above the least of the site."""
-        return float((self.value - self.least_value[self.site]).max())
-
-    def at(self, rows: IntArray) -> _Table:
-        return _Table(self.site[rows], self.value[rows], self.cost[rows])
-
-    def first_least(self, key: FloatArray) -> IntArray:
-        """Per site, the first row with the least key."""
-        rows: IntArray = np.lexsort((key, self.site))[self.starts]
-        return rows
-
-
-def _least_value(table: _Table, limits: IntArray) -> IntArray | None:
+def _least_value(table: Table, limits: IntArray) -> IntArray | None:
     """Rows of a choice of least value, None if no choice is within the limits."""
     best = None
     gap = 0.01  # A quick first choice rules many candidates out.
@@ -135,7 +78,7 @@ def _least_value(table: _Table, limits: IntArray) -> IntArray | None:
     return best
 
 
-def _prices(table: _Table, limits: IntArray) -> FloatArray | None:
+def _prices(table: Table, limits: IntArray) -> FloatArray | None:
     """What a unit of each resource's room is worth at the optimum of the linear relaxation, None without an optimum."""
     value, cost, room = _shifted(table, limits)
     one_each = csr_array((np.ones(table.site.size), (table.site, np.arange(table.site.size))))
@@ -147,7 +90,7 @@ def _prices(table: _Table, limits: IntArray) -> FloatArray | None:
     return prices
 
 
-def _priced_choice(table: _Table, rows: IntArray, limits: IntArray, prices: FloatArray) -> IntArray | None:
+def _priced_choice(table: Table, rows: IntArray, limits: IntArray, prices: FloatArray) -> IntArray | None:
     """Rows of a choice within the limits that is near the optimum: the best at these prices, raised until it fits."""
     left = table.at(rows)
     value, cost, _ = _shifted(left, limits)
@@ -165,11 +108,11 @@ def _priced_choice(table: _Table, rows: IntArray, limits: IntArray, prices: Floa
     for _ in range(30):
         middle = (low + high) / 2
         low, high = (low, middle) if fits(at(middle)) else (middle, high)
-    return rows[_polish(left, limits, at(high))]
+    return rows[polish(left, limits, at(high))]
 
 
 def _promising(
-    table: _Table, rows: IntArray, limits: IntArray, prices: FloatArray | None, most_value: float
+    table: Table, rows: IntArray, limits: IntArray, prices: FloatArray | None, most_value: float
 ) -> IntArray | None:
     """Rows that may be part of a choice of at most this value, by the Lagrangian bound at these prices.
 
@@ -187,7 +130,7 @@ def _promising(
     return _reduce(table, rows, limits, most_value)
 
 
-def _shifted(table: _Table, limits: IntArray) -> tuple[FloatArray, FloatArray, FloatArray]:
+def _shifted(table: Table, limits: IntArray) -> tuple[FloatArray, FloatArray, FloatArray]:
     """Values and costs above their site's least, and the room that the least costs leave, in units of the limits."""
     unit = np.maximum(limits, 1)
     room: FloatArray = (limits - table.least_cost.sum(axis=0)) / unit
@@ -195,7 +138,7 @@ def _shifted(table: _Table, limits: IntArray) -> tuple[FloatArray, FloatArray, F
     return table.value - table.least_value[table.site], cost, room
 
 
-def _undominated(table: _Table) -> IntArray:
+def _undominated(table: Table) -> IntArray:
     """Rows without those that another one of the same site matches or beats in value and in every cost."""
     front: list[int] = []
     for rows in np.split(np.arange(table.site.size), table.starts[1:]):
@@ -208,7 +151,7 @@ def _undominated(table: _Table) -> IntArray:
     return np.array(front)
 
 
-def _reduce(table: _Table, rows: IntArray, limits: IntArray, most_value: float) -> IntArray | None:
+def _reduce(table: Table, rows: IntArray, limits: IntArray, most_value: float) -> IntArray | None:
     """Rows without those that are too much even beside the others' least; None if a site has none left."""
     sites = table.starts.size
     while (left := table.at(rows)).starts.size == sites:
@@ -222,7 +165,7 @@ def _reduce(table: _Table, rows: IntArray, limits: IntArray, most_value: float) 
     return None
 
 
-def _choose(table: _Table, limits: IntArray, gap: float) -> IntArray | None:
+def _choose(table: Table, limits: IntArray, gap: float) -> IntArray | None:
     """Rows of a choice within the limits, of least value but for ``gap`` and 1e-9 of the largest; None if none fits."""
     value = table.value - table.least_value[table.site]
     cost = table.cost - table.least_cost[table.site]
@@ -263,7 +206,7 @@ def _digit_rows(cost: IntArray, room: IntArray, base: int) -> tuple[FloatArray, 
 
 
 def _highs(
-    table: _Table, value: FloatArray, matrix: FloatArray, bounds: FloatArray, *, gap: float = 0.0, integer: bool = True
+    table: Table, value: FloatArray, matrix: FloatArray, bounds: FloatArray, *, gap: float = 0.0, integer: bool = True
 ) -> IntArray | None:
     """Rows of a choice of least value with ``matrix @ x <= bounds``; None if there is none.
 
@@ -297,21 +240,7 @@ def _silent_stdout() -> Iterator[None]:
             os.close(stdout)
 
 
-def _polish(table: _Table, limits: IntArray, choice: IntArray) -> IntArray:
-    """Changes single sites, the best change first, as long as one lowers the value within the limits."""
-    choice = choice.copy()
-    while True:
-        now = choice[table.site]
-        room = limits - table.cost[choice].sum(axis=0)
-        fits = (table.cost - table.cost[now] <= room).all(axis=1)
-        gain = np.where(fits, table.value[now] - table.value, 0)
-        best = int(gain.argmax())
-        if gain[best] <= 0:
-            return choice
-        choice[table.site[best]] = best
-
-
-def _least_scale(table: _Table, limits: IntArray) -> float:
+def _least_scale(table: Table, limits: IntArray) -> float:
     """The smallest factor of all limits that lets a choice fit: one does for certain, with 1e-6 less none."""
     sites, some = table.starts.size, limits > 0
     table = table.at(np.flatnonzero((table.cost[:, ~some] == 0).all(axis=1)))
@@ -331,5 +260,4 @@ def _least_scale(table: _Table, limits: IntArray) -> float:
     value = np.append(np.zeros(share.shape[0]), UNIT)
     best = _highs(table, value, matrix, np.zeros(limits.size), integer=False)
     least = min(scale(choice) for choice in (start, best) if choice is not None)
-    rounded = float(least)
-    return rounded if Fraction(rounded) >= least else math.nextafter(rounded, math.inf)
+    return at_least(least)

@@ -1,12 +1,22 @@
-"""What planning needs to know of a model: sites, candidates with costs and errors, and what stays as it is."""
+"""What planning needs to know of a model: sites, candidates with costs and errors, what stays; JSON that is readable."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
+from tdfx.errors import PlanError
 from tdfx.records.candidate import Candidate
 from tdfx.records.cost import Cost
 from tdfx.records.layer import Site, Skipped
+from tdfx.records.plan import MOST_SEED
+from tdfx.records.reading import read_text
+from tdfx.records.writing import to_text
+from tdfx.tables import align, count
+
+VERSION = 1
+MOST_COST = 2**62  # planners count in 64 bits, FLOPs as twice the MACs
 
 
 @dataclass(frozen=True)
@@ -27,6 +37,10 @@ class Profile:
         latency_source: "estimated", "measured", or None without a target.
         structure: fingerprint of the model's structure.
         weights: fingerprint of its weights.
+        rank_rule: what gave every site its only candidate, e.g. "energy=0.95"; None where a budget chooses.
+
+    Raises:
+        PlanError: sites and candidates do not belong together, or a number is too large to plan with.
     """
 
     sites: tuple[Site, ...]
@@ -42,7 +56,84 @@ class Profile:
     latency_source: str | None
     structure: str
     weights: str
+    rank_rule: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.rest.latency_s is not None and self.rest.latency_s < 0:
+            # A difference of estimates, which rounding may put below zero.
+            object.__setattr__(self, "rest", replace(self.rest, latency_s=0.0))
+        if self.seed > MOST_SEED:
+            raise PlanError(f"the profile's seed is {self.seed}; expected at most {MOST_SEED}")
+        sites = Counter(site.name for site in self.sites)
+        choices = Counter(candidate.site for candidate in self.candidates)
+        for problem, names in (
+            ("more than one site named", [name for name, times in sites.items() if times > 1]),
+            ("candidates but no site for", [name for name in choices if name not in sites]),
+            ("a site but no candidate for", [name for name in sites if name not in choices]),
+            ("both a site and a skip for", [entry.layer for entry in self.skipped if entry.layer in sites]),
+            (
+                f"a rank rule ({self.rank_rule}) but more than one candidate for",
+                [name for name, times in choices.items() if times > 1 and self.rank_rule is not None],
+            ),
+        ):
+            if names:
+                raise PlanError(f"the profile has {problem} {', '.join(names)}; make the profile anew")
+        costs = (self.before, self.rest, *(candidate.cost for candidate in self.candidates))
+        most = max(max(cost.params, cost.macs, cost.weight_bytes) for cost in costs)
+        if most > MOST_COST // (len(sites) + 1):
+            raise PlanError(f"the profile has a cost of {most}, too large to plan with; make the profile anew")
+
+    def __str__(self) -> str:
+        header = ("layer", "kind", "weight", "choices", "params", "at least", "macs", "at least")
+        least = {site.name: _least([c.cost for c in self.of_site(site.name)]) for site in self.sites}
+        rows = [
+            (
+                site.name,
+                site.kind,
+                " + ".join("x".join(map(str, layer.weight_shape)) for layer in site.layers),
+                self._choices(site.name),
+                count(sum(layer.params for layer in site.layers)),
+                count(least[site.name].params),
+                count(sum(layer.macs for layer in site.layers)),
+                count(least[site.name].macs),
+            )
+            for site in self.sites
+        ]
+        whole = sum(least.values(), start=self.rest)
+        totals = ("", "", "", count(self.before.params), count(whole.params), count(self.before.macs), count(whole.macs))
+        lines = [align(header, [*rows, ("whole model", *totals)], right=(3, 4, 5, 6, 7))]
+        grid = "any rank" if self.rank_multiple == 1 else f"ranks in multiples of {self.rank_multiple}"
+        given = "" if self.rank_rule is None else f"; ranks by {self.rank_rule}"
+        latency = f"{self.latency_source} for {self.target}" if self.latency_source else "not estimated"
+        lines.append(f"{grid}{given}; error is {self.metric}; latency is {latency}")
+        if any(candidate.caveat for candidate in self.candidates):
+            lines.append("in brackets: more choices, off the grid or slower, for budgets that nothing else reaches")
+        lines += [f"skipped {entry.layer}: {entry.reason}" for entry in self.skipped]
+        return "\n".join(lines)
+
+    def to_json(self) -> str:
+        """JSON text with one site or candidate a line; ``from_json`` gives an equal profile back."""
+        return to_text(self, VERSION, rows=("sites", "candidates", "skipped"))
+
+    @classmethod
+    def from_json(cls, text: str) -> Profile:
+        """Reads what ``to_json`` wrote.
+
+        Raises:
+            PlanError: naming the field that is missing, unknown or of the wrong type, the version, or the site.
+        """
+        return read_text(cls, text, "profile", VERSION)
 
     def of_site(self, name: str) -> tuple[Candidate, ...]:
         """The candidates of one site."""
         return tuple(candidate for candidate in self.candidates if candidate.site == name)
+
+    def _choices(self, name: str) -> str:
+        """How many there are, those with a caveat in brackets."""
+        caveats = [candidate.caveat != "" for candidate in self.of_site(name)]
+        return f"{caveats.count(False)} (+{sum(caveats)})" if any(caveats) else str(len(caveats))
+
+
+def _least(costs: Sequence[Cost]) -> Cost:
+    """The least of parameters and of MACs, each on its own."""
+    return Cost(min(cost.params for cost in costs), min(cost.macs for cost in costs), 0)

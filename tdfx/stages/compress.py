@@ -12,14 +12,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from tdfx.budget import Budget
-from tdfx.errors import BudgetError
 from tdfx.inputs import Inputs
-from tdfx.planner import find_planner
 from tdfx.progress import Report as ProgressReport
 from tdfx.records.result import Result
 from tdfx.stages.apply import apply, check_verify
 from tdfx.stages.capture import capture
-from tdfx.stages.plan import plan
+from tdfx.stages.plan import plan, read_budget
 from tdfx.stages.profile import profile
 
 
@@ -30,6 +28,7 @@ def compress(
     *,
     budget: str | Budget | None = None,
     methods: Sequence[str] | None = None,
+    ranks: str | None = None,
     include: Sequence[str] | str | None = None,
     exclude: Sequence[str] | str | None = None,
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
@@ -43,7 +42,7 @@ def compress(
     cache_dir: str | Path | None = None,
     progress: bool | ProgressReport | None = None,
 ) -> Result:
-    """Compresses a model to a budget: captures, profiles, plans and applies.
+    """Compresses a model to a budget, or by a rank rule: captures, profiles, plans and applies.
 
     Args:
         model: a trained module; it is left untouched.
@@ -51,7 +50,9 @@ def compress(
         example_kwargs: keyword arguments, tensors.
         budget: "flops=50%", "macs=1.2G", "params=2M", "bytes=8MB", several joined by commas, or a ``tdfx.Budget``;
             shares are of the whole model.
-        methods: names of decompositions, None for all.
+        methods: names of decompositions, None for all; exactly one with ``ranks``.
+        ranks: instead of a budget, a rule for the rank of every layer: "vbmf", "energy=0.95", "ratio=0.33" or
+            "compression=75%"; see ``profile``.
         include: globs over qualified layer names; only these are compressed.
         exclude: globs; these are not.
         overrides: ``{glob: {"methods": [...], "rank": r, "skip": True}}``.
@@ -59,7 +60,7 @@ def compress(
         planner: name of a planner.
         target: runtime the result is meant for, so that chains estimated slower than dense are not offered; None for no
             estimate.
-        rank_multiple: None for the target's grid, 1 for free ranks.
+        rank_multiple: None for the target's grid, or free ranks with ``ranks``; 1 for free ranks.
         trainable: keep BatchNorm and Dropout for fine-tuning.
         verify: "plan", or "full" to check every method at full rank too.
         seed: of the decompositions; same inputs and seed give the same result on the same machine.
@@ -70,22 +71,20 @@ def compress(
         Module, plan, costs before and after, skips and report.
 
     Raises:
-        BudgetError: no budget, one not understood, or not reachable.
+        BudgetError: neither a budget nor ranks, a budget not understood, or not reachable.
         InputError, OptionError, CaptureError, WeightError, VerificationError: see the stages.
 
     Warns:
-        UserWarning: the budget was reachable only with choices that are otherwise not offered.
+        UserWarning: the budget was reachable only, or the rule gave, choices that are otherwise not offered.
     """
-    if budget is None:
-        raise BudgetError('no budget given; expected one such as budget="flops=50%" or budget="params=2M,flops=1.2G"')
-    parsed = budget if isinstance(budget, Budget) else Budget.parse(budget)
-    find_planner(planner)  # options of the last stages, before the slow ones
+    parsed = read_budget(budget, ranks, planner)  # options of the last stages, before the slow ones
     check_verify(verify)
     started = time.perf_counter()
     captured = capture(model, example_inputs, example_kwargs, trainable=trainable)
     profiled = profile(
         captured,
         methods=methods,
+        ranks=ranks,
         include=include,
         exclude=exclude,
         overrides=overrides,

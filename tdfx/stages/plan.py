@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 
 import numpy as np
 
 from tdfx.budget import RESOURCES, Budget
-from tdfx.errors import BudgetError
+from tdfx.errors import BudgetError, OptionError
 from tdfx.metrics import contribution
 from tdfx.planner import Infeasible, IntArray, Planner, find_planner
+from tdfx.rank_rules import RankRule
 from tdfx.records.candidate import SLOWER, Candidate
 from tdfx.records.cost import Cost
 from tdfx.records.plan import Plan
@@ -23,16 +25,21 @@ TIERS: tuple[Callable[[Candidate], bool], ...] = (
     lambda candidate: True,
 )
 
+RULED = "rank rule"
+"""What stands as the planner in a plan that a rank rule made."""
 
-def plan(profile: Profile, budget: str | Budget, *, planner: str = "knapsack") -> Plan:
+
+def plan(profile: Profile, budget: str | Budget | None = None, *, planner: str = "knapsack") -> Plan:
     """Chooses a candidate for every site: total cost within the budget, total squared error least.
 
     Candidates with a caveat are considered only if the budget cannot be met without them, those estimated slower than
-    dense only if it cannot be met with ranks off the grid either; the plan's notes say so.
+    dense only if it cannot be met with ranks off the grid either; the plan's notes say so. A profile made with a rank
+    rule leaves nothing to choose: its plan takes no budget and holds what the rule gave.
 
     Args:
         profile: what ``profile`` returned.
         budget: e.g. "flops=50%", "params=2M", "flops=50%,bytes=8MB", or a ``tdfx.Budget``; of the whole model.
+            None with a rank rule.
         planner: name of a planner.
 
     Returns:
@@ -40,28 +47,19 @@ def plan(profile: Profile, budget: str | Budget, *, planner: str = "knapsack") -
 
     Raises:
         BudgetError: the budget is not understood or not reachable; then with ``least`` and ``scale``.
-        OptionError: unknown planner.
+        OptionError: unknown planner, one that takes fewer limits, or a budget besides a rank rule.
     """
-    budget = Budget.parse(budget) if not isinstance(budget, Budget) else budget
-    solve = find_planner(planner)
-    limits = budget.resolve(profile.before)
-    for is_offered in TIERS:
-        offered = [[c for c in profile.of_site(site.name) if is_offered(c)] for site in profile.sites]
-        try:
-            chosen = _choose(solve, offered, profile.rest, limits)
-            break
-        except Infeasible as error:
-            least = error
-    else:
-        raise _unreachable(budget, limits, profile, least)
+    parsed = read_budget(budget, profile.rank_rule, planner)
+    chosen = profile.candidates if parsed is None else _within(parsed, profile, find_planner(planner))
+    asked = f"ranks={profile.rank_rule}" if parsed is None else str(parsed)
     return Plan(
-        candidates=tuple(chosen),
+        candidates=chosen,
         skipped=profile.skipped,
-        budget=str(budget),
+        budget=asked,
         before=profile.before,
         after=sum((candidate.cost for candidate in chosen), start=profile.rest),
         metric=profile.metric,
-        planner=planner,
+        planner=RULED if parsed is None else planner,
         target=profile.target,
         rank_multiple=profile.rank_multiple,
         trainable=profile.trainable,
@@ -69,8 +67,45 @@ def plan(profile: Profile, budget: str | Budget, *, planner: str = "knapsack") -
         latency_source=profile.latency_source,
         structure=profile.structure,
         weights=profile.weights,
-        notes=_caveats(chosen, budget),
+        notes=_caveats(chosen, asked, ruled=parsed is None),
     )
+
+
+def read_budget(budget: str | Budget | None, ranks: str | None, planner: str) -> Budget | None:
+    """The budget, or None with a rank rule; checks that the planner takes it.
+
+    Raises:
+        BudgetError: there is neither a budget nor a rule, or the budget is not understood.
+        OptionError: there are both, the rule is not understood, or the planner is unknown or takes fewer limits.
+    """
+    if ranks is not None:
+        rule = RankRule.parse(ranks)
+        if budget is not None:
+            raise OptionError(
+                f"found budget {str(budget)!r} and ranks={rule}, which leaves nothing to choose; give one of the two"
+            )
+        find_planner(planner)
+        return None
+    if budget is None:
+        raise BudgetError(
+            'no budget given; expected one such as budget="flops=50%" or budget="params=2M,flops=1.2G", or instead '
+            'ranks such as ranks="vbmf" with one method'
+        )
+    parsed = budget if isinstance(budget, Budget) else Budget.parse(budget)
+    with suppress(Infeasible):  # only how many limits there are is asked here
+        find_planner(planner)([], [], np.zeros(len(parsed.resolve(Cost(0, 0, 0))), dtype=np.int64))
+    return parsed
+
+
+def _within(budget: Budget, profile: Profile, solve: Planner) -> tuple[Candidate, ...]:
+    limits = budget.resolve(profile.before)
+    for is_offered in TIERS:
+        offered = [[c for c in profile.of_site(site.name) if is_offered(c)] for site in profile.sites]
+        try:
+            return tuple(_choose(solve, offered, profile.rest, limits))
+        except Infeasible as error:
+            least = error
+    raise _unreachable(budget, limits, profile, least)
 
 
 def _choose(
@@ -87,13 +122,14 @@ def _amounts(costs: Sequence[Cost], limits: Mapping[str, int]) -> IntArray:
     return np.array([[RESOURCES[resource](cost) for resource in limits] for cost in costs], dtype=np.int64)
 
 
-def _caveats(chosen: Sequence[Candidate], budget: Budget) -> tuple[str, ...]:
+def _caveats(chosen: Sequence[Candidate], budget: str, *, ruled: bool) -> tuple[str, ...]:
     by_caveat: dict[str, list[str]] = {}
     for candidate in chosen:
         if candidate.caveat:
             by_caveat.setdefault(candidate.caveat, []).append(candidate.site)
+    start = f"{budget} gives" if ruled else f"{budget} is reachable only with"
     return tuple(
-        f"{budget} is reachable only with choices that are otherwise not offered; {caveat}: {', '.join(sites)}"
+        f"{start} choices that are otherwise not offered; {caveat}: {', '.join(sites)}"
         for caveat, sites in by_caveat.items()
     )
 

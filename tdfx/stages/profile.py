@@ -15,6 +15,7 @@ from tdfx.passes.count import total_cost
 from tdfx.passes.shape_prop import ShapeProp, bind
 from tdfx.passes.sites import FindSites
 from tdfx.progress import Report, reporter
+from tdfx.rank_rules import RankRule
 from tdfx.records.capture import Capture
 from tdfx.records.cost import Cost
 from tdfx.records.layer import Site
@@ -28,6 +29,7 @@ def profile(
     captured: Capture,
     *,
     methods: Sequence[str] | None = None,
+    ranks: str | None = None,
     include: Sequence[str] | str | None = None,
     exclude: Sequence[str] | str | None = None,
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
@@ -42,13 +44,17 @@ def profile(
 
     Args:
         captured: what ``capture`` returned.
-        methods: names of decompositions, None for all.
+        methods: names of decompositions, None for all; exactly one with ``ranks``.
+        ranks: a rule that gives every site its rank instead of a budget: "vbmf" (of the unfoldings; 0 leaves a layer as
+            it is), "energy=0.95" (least rank that keeps this share of the squared norm), "ratio=0.33" (of each mode's
+            size), "compression=75%" (leaves a quarter of each layer's parameters).
         include: globs over qualified layer names; only these are compressed.
         exclude: globs; these are not.
         overrides: ``{glob: {"methods": [...], "rank": r, "skip": True}}``; a rank is then the only choice there.
         metric: of the errors, "weight:absolute", "weight:relative" (None) or "weight:scaled".
         target: runtime whose latency is estimated, so that slower chains are not offered; None for no estimate.
-        rank_multiple: ranks offered are multiples of this; None for the target's grid (16 for "ort-cpu").
+        rank_multiple: ranks offered are multiples of this; None for the target's grid (16 for "ort-cpu"), or any rank
+            with ``ranks``.
         seed: of the decompositions, 0 or more.
         cache_dir: folder that keeps errors between runs; an interrupted run goes on from it.
         progress: a function, True, False, or None for a bar on terminals only.
@@ -60,11 +66,14 @@ def profile(
         OptionError: an option is not understood or a glob matches no layer.
         WeightError: a site's weight holds NaN or Inf.
     """
+    rule = None if ranks is None else RankRule.parse(ranks)
     runtime = find_target(target)
-    multiple = _rank_multiple(rank_multiple, runtime)
+    multiple = 1 if rule is not None and rank_multiple is None else _rank_multiple(rank_multiple, runtime)
     if not _is_int(seed) or not 0 <= seed <= MOST_SEED:
         raise OptionError(f"seed is {seed!r}; expected a whole number from 0 to {MOST_SEED}")
     selection = Selection.of(methods, include, exclude, overrides)
+    if rule is not None:
+        selection.check_one_method()
     module = captured.module
     sites, skipped = FindSites(ShapeProp(bind(module, captured.args, captured.kwargs)).run(module)).run(module)
     selection.check([*(site.name for site in sites), *(entry.layer for entry in (*skipped, *captured.skipped))])
@@ -72,7 +81,7 @@ def profile(
     wanted = tuple(site for site in sites if site.name not in {entry.layer for entry in unwanted})
     with reporter(progress) as report:
         candidates, hopeless = FindCandidates(
-            wanted, selection, find_metric(metric), runtime, multiple, seed, ListCache(cache_dir), report
+            wanted, selection, find_metric(metric), runtime, multiple, seed, ListCache(cache_dir), report, rule
         ).run(module)
     offered = {candidate.site for candidate in candidates}
     kept = tuple(site for site in wanted if site.name in offered)
@@ -90,6 +99,7 @@ def profile(
         latency_source=None if runtime is None else "estimated",
         structure=captured.structure,
         weights=captured.weights,
+        rank_rule=None if rule is None else str(rule),
     )
 
 

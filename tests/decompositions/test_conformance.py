@@ -11,6 +11,7 @@ from functools import cache
 
 import pytest
 import torch
+from layers import bias_of, dense_layer, dtype_of, factors_of, inputs
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -21,13 +22,6 @@ from tdfx.records.layer import LayerSpec, Rank, Shape, Site
 
 # torch's hint that padding="same" with an even kernel copies the input
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
-
-LAYERS: dict[str, type[nn.Module]] = {
-    "linear": nn.Linear,
-    "conv1d": nn.Conv1d,
-    "conv2d": nn.Conv2d,
-    "conv3d": nn.Conv3d,
-}
 
 
 def linear(
@@ -114,10 +108,6 @@ PLAIN = [(method, site) for method, site in PAIRS if site.name in SIMPLE]
 STRIDED = [(method, site) for method, site in PAIRS if site.name.startswith("1x1-stride")]
 
 
-def dtype_of(site: Site) -> torch.dtype:
-    return getattr(torch, site.layer.dtype)  # type: ignore[no-any-return]
-
-
 def random_weight(site: Site, seed: int = 0) -> Tensor:
     """A float64 weight whose values the site's dtype holds."""
     generator = torch.Generator().manual_seed(seed)
@@ -156,37 +146,6 @@ def cached_factors(method: Decomposition, site: Site, rank: Rank) -> Factors:
 
 def relative(found: Tensor, expected: Tensor) -> float:
     return float(torch.linalg.vector_norm(found - expected) / torch.linalg.vector_norm(expected))
-
-
-def bias_of(site: Site) -> Tensor | None:
-    if not site.layer.bias:
-        return None
-    return torch.linspace(-1, 1, site.layer.out_channels, dtype=torch.float64).to(dtype_of(site))
-
-
-def dense_layer(site: Site, weight: Tensor) -> nn.Module:
-    """The site's own layer in float64 with this weight, made straight from torch's constructors."""
-    spec = site.layer
-    options = {} if spec.kind == "linear" else {
-        "kernel_size": spec.kernel_size,
-        "stride": spec.stride,
-        "padding": spec.padding,
-        "dilation": spec.dilation,
-        "padding_mode": spec.padding_mode,
-    }  # fmt: skip
-    layer = LAYERS[spec.kind](spec.in_channels, spec.out_channels, bias=spec.bias, dtype=torch.float64, **options)
-    bias = bias_of(site)
-    layer.load_state_dict({"weight": weight} | ({} if bias is None else {"bias": bias.double()}))
-    return layer
-
-
-def inputs(spec: LayerSpec) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    return [torch.randn(call.input_shape, generator=generator, dtype=torch.float64) for call in spec.calls]
-
-
-def factors_of(chain: nn.Sequential) -> Factors:
-    return tuple(layer.weight.detach().double() for layer in chain)  # type: ignore[operator]
 
 
 def spliced(method: Decomposition, site: Site, rank: Rank) -> nn.Sequential:
@@ -323,6 +282,30 @@ def test_ranks_outside_of_full_rank_are_no_ranks(method: Decomposition, site: Si
             assert not method.is_rank(site, (*full[:mode], wrong, *full[mode + 1 :]))
     assert not method.is_rank(site, (*full, 1))
     assert not method.is_rank(site, full[1:])
+
+
+@each(PAIRS)
+def test_clamped_ranks_are_ranks(method: Decomposition, site: Site) -> None:
+    for rank in itertools.product((0, 1, 3, 10**6), repeat=len(method.full_rank(site))):
+        assert method.is_rank(site, method.clamp(site, rank))
+    for rank in (*offered(method, site, 3), method.full_rank(site)):
+        assert method.clamp(site, rank) == rank
+
+
+@each(PLAIN)
+def test_unfoldings_hold_the_weight_and_those_of_each_rank_bound_the_error(method: Decomposition, site: Site) -> None:
+    weight, full = low_rank_weight(site), method.full_rank(site)
+    matrices = method.unfoldings(weight)
+    for matrix in matrices:
+        assert torch.equal(matrix.flatten().sort().values, weight.flatten().sort().values)
+    if len(full) == 1 < len(matrices):
+        return
+    assert tuple(min(matrix.shape) for matrix in matrices) == full
+    singular = [torch.linalg.svdvals(matrix) for matrix in matrices]
+    ranks = offered(method, site, 3)
+    for rank, error in zip(ranks, method.errors(weight, ranks), strict=True):
+        tails = [float(torch.linalg.vector_norm(values[r:])) for values, r in zip(singular, rank, strict=True)]
+        assert max(tails) * (1 - 1e-9) <= error <= math.hypot(*tails) * (1 + 1e-9)
 
 
 @each(PAIRS)

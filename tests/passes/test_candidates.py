@@ -17,6 +17,7 @@ from tdfx.errors import OptionError, WeightError
 from tdfx.passes.candidates import FindCandidates, chain_cost, site_weight
 from tdfx.passes.shape_prop import ShapeProp
 from tdfx.passes.sites import FindSites
+from tdfx.rank_rules import RankRule
 from tdfx.records.candidate import Candidate
 from tdfx.records.cost import Workload
 from tdfx.records.layer import Site, Skipped
@@ -206,7 +207,73 @@ def test_a_site_that_nothing_makes_cheaper_is_skipped_with_reasons() -> None:
     (entry,) = skipped
     assert entry.layer == "0"
     assert "no rank of svd fits or saves anything" in entry.reason
-    assert entry.reason.count("with a kernel larger than 1;") == 1
+    assert len(entry.reason.split("; ")) == len(METHODS)
+
+
+def ruled(module: fx.GraphModule, text: str, method: str = "tucker2", **options: Any) -> Any:
+    """Candidates by site and skips by layer with a rank rule."""
+    selection = Selection.of([method], None, None, options.pop("overrides", None))
+    multiple, target = options.pop("multiple", 1), options.pop("target", None)
+    cache = ListCache(options.pop("cache", None))
+    find = FindCandidates(
+        sites_of(module), selection, "weight:relative", target, multiple, 0, cache, rule=RankRule.parse(text)
+    )
+    found, skipped = find.run(module)
+    return {candidate.site: candidate for candidate in found}, {entry.layer: entry.reason for entry in skipped}
+
+
+def test_a_rule_leaves_one_candidate_for_each_site(module: fx.GraphModule) -> None:
+    found, skipped = ruled(module, "ratio=0.3")
+    candidate = found["conv"]
+    assert (list(found), candidate.method, candidate.rank, candidate.caveat) == (["conv"], "tucker2", (5, 4), "")
+    weight = module.get_submodule("conv").get_parameter("weight").detach().double()
+    (error,) = registry()["tucker2"].errors(weight, [(5, 4)])
+    assert candidate.error == pytest.approx(error / float(weight.norm()), rel=1e-9)
+    assert skipped == dict.fromkeys(("point", "head"), "tucker2 takes convolutions with a kernel larger than 1")
+
+
+def test_a_rules_ranks_are_rounded_to_multiples(module: fx.GraphModule) -> None:
+    assert ruled(module, "ratio=0.5", multiple=4)[0]["conv"].rank == (8, 8)
+    assert ruled(module, "ratio=0.05", multiple=4)[0]["conv"].rank == (4, 4)
+    assert ruled(module, "ratio=0.3", multiple=3)[0]["conv"].rank == (6, 3)
+
+
+def test_a_rules_rank_that_saves_nothing_leaves_the_layer(module: fx.GraphModule) -> None:
+    found, skipped = ruled(module, "ratio=0.9", "svd")
+    assert found == {}
+    assert skipped["head"] == "rank 18 of svd, from ranks=ratio=0.9, saves neither MACs nor parameters"
+    assert "rank 16 of svd" in ruled(module, "ratio=0.5", "svd", multiple=16)[1]["head"]
+
+
+def test_a_layer_in_which_vbmf_finds_noise_is_left(module: fx.GraphModule) -> None:
+    found, skipped = ruled(module, "vbmf", "svd")
+    assert found == {}
+    assert skipped["head"] == "ranks=vbmf finds only noise (rank 0 of svd)"
+
+
+def test_overrides_go_before_a_rule(module: fx.GraphModule) -> None:
+    overrides = {"point": {"methods": ["svd"], "rank": 16}, "head": {"methods": ["svd"]}}
+    found, skipped = ruled(module, "ratio=0.25", overrides=overrides)
+    assert {name: (c.method, c.rank) for name, c in found.items()} == {
+        "conv": ("tucker2", (4, 3)),
+        "point": ("svd", (16,)),
+        "head": ("svd", (5,)),
+    }
+    assert skipped == {}
+
+
+def test_a_rule_warns_of_what_is_slower_but_not_of_the_grid(module: fx.GraphModule) -> None:
+    assert ruled(module, "ratio=0.3", target=BY_OPERATORS)[0]["conv"].caveat == SLOWER
+    assert ruled(module, "ratio=0.3", target=BY_MACS)[0]["conv"].caveat == ""
+
+
+def test_what_a_rule_asks_of_errors_is_remembered(
+    module: fx.GraphModule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = ruled(module, "energy=0.6", "cp", cache=tmp_path)
+    assert first[0]
+    forbid(monkeypatch)
+    assert ruled(module, "energy=0.6", "cp", cache=tmp_path) == first
 
 
 def forbid(monkeypatch: pytest.MonkeyPatch) -> None:

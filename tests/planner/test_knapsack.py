@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from scipy.optimize import OptimizeResult, milp
 
-from tdfx.errors import OptionError
-from tdfx.planner import FloatArray, Infeasible, IntArray, find_planner, knapsack, planners
+from tdfx.planner import FloatArray, Infeasible, IntArray, knapsack
+from tdfx.planner.table import Table
 
 Instance = tuple[list[FloatArray], list[IntArray], IntArray]
 
@@ -186,7 +186,7 @@ def test_a_base_too_large_for_the_tolerance_is_followed_by_a_smaller_one(monkeyp
 
 
 def test_an_optimum_far_below_the_scale_of_the_objective_is_sought_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    def worst(table: knapsack._Table, limits: IntArray, gap: float) -> IntArray | None:
+    def worst(table: Table, limits: IntArray, gap: float) -> IntArray | None:
         """What HiGHS may return at worst: anything within the relative gap and 1e-9 of the largest value."""
         choices = table.starts + all_choices(np.bincount(table.site))
         choices = choices[(table.cost[choices].sum(axis=1) <= limits).all(axis=1)]
@@ -198,7 +198,7 @@ def test_an_optimum_far_below_the_scale_of_the_objective_is_sought_again(monkeyp
         return chosen
 
     monkeypatch.setattr(knapsack, "_choose", worst)
-    monkeypatch.setattr(knapsack, "_polish", lambda table, limits, choice: choice)
+    monkeypatch.setattr(knapsack, "polish", lambda table, limits, choice: choice)
     rng = np.random.default_rng(4)
     for _ in range(300):
         values, costs, limits = mixed(rng)
@@ -211,33 +211,6 @@ def test_no_change_of_one_site_is_left_undone(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(knapsack, "_least_value", lambda table, limits: np.array([0, 3]))
     assert knapsack.solve(values, costs, np.array([3, 2])) == [1, 1]
     assert knapsack.solve(values, costs, np.array([2, 2])) == [0, 1]
-
-
-@pytest.mark.parametrize(
-    ("value", "cost", "limit", "message"),
-    [
-        ([1.0, math.nan], [[1], [2]], [1], "site 1: values must be finite"),
-        ([1.0, math.inf], [[1], [2]], [1], "site 1: values must be finite"),
-        ([1.0, -1.0], [[1], [2]], [1], "site 1: values must be finite and >= 0"),
-        ([1.0, 1.0], [[1], [-2]], [1], "site 1: costs must be >= 0"),
-        ([1.0, 1.0], [[1], [2]], [-1], "limits"),
-        ([1.0, 1.0], [[1], [2]], [[1]], "limits"),
-        ([1.0, 1.0], [[1], [2], [3]], [1], r"site 1: .* found \(2,\) and \(3, 1\)"),
-        ([1.0, 1.0], [[1, 1], [2, 2]], [1], r"site 1: .* found \(2,\) and \(2, 2\)"),
-        ([[1.0], [1.0]], [[1], [2]], [1], r"site 1: .* found \(2, 1\)"),
-    ],
-)
-def test_refuses_bad_numbers_and_shapes(value: object, cost: object, limit: object, message: str) -> None:
-    values, costs = [np.zeros(1), np.array(value)], [np.zeros((1, 1), dtype=np.int64), np.array(cost)]
-    with pytest.raises(ValueError, match=message):
-        knapsack.solve(values, costs, np.array(limit))
-
-
-def test_refuses_a_site_without_candidates_and_lists_of_different_length() -> None:
-    with pytest.raises(ValueError, match=r"n > 0, found \(0,\)"):
-        knapsack.solve([np.zeros(0)], [np.zeros((0, 1), dtype=np.int64)], np.array([1]))
-    with pytest.raises(ValueError, match="values of 1 sites, but costs of 0"):
-        knapsack.solve([np.zeros(1)], [], np.array([1]))
 
 
 def test_highs_cannot_write_to_stdout(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,13 +230,6 @@ def test_a_failure_of_highs_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None
         knapsack.solve([np.array([0.0, 1.0])] * 2, [np.array([[2], [1]])] * 2, np.array([3]))
 
 
-def test_registry() -> None:
-    assert planners()["knapsack"] is knapsack.solve
-    assert find_planner("knapsack") is knapsack.solve
-    with pytest.raises(OptionError, match="planner='knapsak' is not known; choose one of: knapsack"):
-        find_planner("knapsak")
-
-
 def test_prices_rule_out_most_candidates_and_never_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(7)
     shares = np.sort(rng.uniform(0.05, 1, (12, 40)))
@@ -273,7 +239,7 @@ def test_prices_rule_out_most_candidates_and_never_the_best(monkeypatch: pytest.
     seen: list[int] = []
     highs = knapsack._highs
 
-    def spy(table: knapsack._Table, *args: Any, **kwargs: Any) -> IntArray | None:
+    def spy(table: Table, *args: Any, **kwargs: Any) -> IntArray | None:
         seen.append(table.site.size)
         return highs(table, *args, **kwargs)
 

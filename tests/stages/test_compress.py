@@ -114,7 +114,7 @@ def test_the_signature_is_the_public_one() -> None:
     positional = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
     assert positional == ["model", "example_inputs", "example_kwargs"]
     assert [p.name for p in parameters if p.kind is p.KEYWORD_ONLY] == [
-        "budget", "methods", "include", "exclude", "overrides", "metric", "planner", "target", "rank_multiple",
+        "budget", "methods", "ranks", "include", "exclude", "overrides", "metric", "planner", "target", "rank_multiple",
         "trainable", "verify", "seed", "cache_dir", "progress",
     ]  # fmt: skip
 
@@ -195,6 +195,38 @@ def test_a_budget_that_is_not_understood_says_what_is(budget: Any, monkeypatch: 
 def test_no_budget_is_said_to_be_none() -> None:
     with pytest.raises(BudgetError, match=r'no budget given; expected one such as budget="flops=50%"'):
         compress(network(), X)
+
+
+def test_a_rank_rule_takes_the_place_of_a_budget() -> None:
+    found = compress(network(), X, methods="tucker2", ranks="compression=50%", target=None)
+    assert {c.site: c.rank for c in found.plan.candidates} == {"0": (18, 9), "4": (19, 19)}
+    assert found.plan.budget == "ranks=compression=50%"
+    assert [entry.layer for entry in found.skipped] == ["8"]
+    assert Plan.from_json(found.plan.to_json()) == found.plan
+    again = apply(network(), X, Plan.from_json(found.plan.to_json()))
+    assert same_bits(again.module, found.module)
+
+
+def test_a_rank_rule_with_chains_slower_than_dense_warns() -> None:
+    with pytest.warns(UserWarning, match="ranks=ratio=0.33 gives choices .*; estimated slower than dense: 0"):
+        compress(network(), X, methods="tucker2", ranks="ratio=0.33")
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"budget": "flops=50%", "ranks": "vbmf"}, OptionError, "found budget 'flops=50%' and ranks=vbmf"),
+        ({"ranks": "energy"}, OptionError, "ranks is 'energy': expected a share such as energy=0.95"),
+        ({"ranks": "vbmf", "planner": "best"}, OptionError, "planner='best' is not known"),
+        ({"budget": "flops=50%,params=50%", "planner": "greedy"}, OptionError, "greedy' takes one budget, found 2"),
+    ],
+)
+def test_budget_ranks_and_planner_are_checked_before_the_slow_stages(
+    options: dict[str, Any], error: type[Exception], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr("tdfx.stages.compress.capture")
+    with pytest.raises(error, match=message):
+        compress(network(), X, **options)
 
 
 def test_a_budget_record_does_as_well() -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from itertools import product
 
@@ -181,7 +182,7 @@ def test_a_limit_below_one_mac_is_refused_in_words() -> None:
 
 
 @pytest.mark.parametrize(
-    "budget", ["fifty", "flops=0%", "flops=150%", "flops=-1", "speed=50%", "", "flops=50%,flops=60%", None, 0.5]
+    "budget", ["fifty", "flops=0%", "flops=150%", "flops=-1", "speed=50%", "", "flops=50%,flops=60%", 0.5]
 )
 def test_a_budget_that_is_not_understood(budget: str) -> None:
     with pytest.raises(
@@ -189,6 +190,46 @@ def test_a_budget_that_is_not_understood(budget: str) -> None:
     ) as caught:
         plan(made_up(site("a", 100, (40, 0.5))), budget)
     assert (caught.value.least, caught.value.scale) == ({}, None)
+
+
+def ruled(*sites: list[Candidate]) -> Profile:
+    """A made-up profile in which a rule gave every site but the first of each."""
+    given = made_up(*sites)
+    return replace(given, candidates=tuple(c for c in given.candidates if not c.is_dense), rank_rule="energy=0.9")
+
+
+def test_a_rule_leaves_nothing_to_choose() -> None:
+    given = ruled(site("a", 100, (50, 0.5)), site("b", 100, (70, 0.6, "estimated slower than dense")))
+    found = plan(given)
+    assert found.candidates == given.candidates
+    assert found.after == cost(130)
+    assert (found.budget, found.planner) == ("ranks=energy=0.9", "rank rule")
+    assert found.notes == (
+        "ranks=energy=0.9 gives choices that are otherwise not offered; estimated slower than dense: b",
+    )
+    assert Plan.from_json(found.to_json()) == found
+    assert plan(ruled()).candidates == ()
+
+
+def test_a_rule_takes_no_budget_and_its_absence_takes_one() -> None:
+    with pytest.raises(OptionError, match=r"found budget 'flops=50%' and ranks=energy=0.9, .*; give one of the two"):
+        plan(ruled(site("a", 100, (50, 0.5))), "flops=50%")
+    with pytest.raises(BudgetError, match=r'no budget given; expected one such as budget="flops=50%"'):
+        plan(made_up(site("a", 100, (50, 0.5))))
+    with pytest.raises(OptionError, match="planner='greddy' is not known"):
+        plan(ruled(), planner="greddy")
+
+
+def test_greedy_is_a_planner_for_one_budget() -> None:
+    given = made_up(site("a", 100, (50, 0.5)), site("b", 100, (70, 0.1)))
+    found = plan(given, "flops=90%", planner="greedy")
+    assert (amounts(found), found.planner) == ([100, 70], "greedy")
+    assert plan(given, "flops=90%,macs=90%", planner="greedy").candidates == found.candidates
+    with pytest.raises(OptionError, match="planner='greedy' takes one budget, found 2"):
+        plan(given, "flops=90%,params=90%", planner="greedy")
+    with pytest.raises(BudgetError, match="flops: asked 42, least reachable on its own 260") as caught:
+        plan(given, "flops=10%", planner="greedy")
+    assert caught.value.least == {"flops": 260}
 
 
 def test_an_unknown_planner_is_refused() -> None:

@@ -166,6 +166,8 @@ def test_a_grid_of_ones_own(multiple: int) -> None:
         ({"seed": "1"}, "seed is '1'"),
         ({"seed": True}, "seed is True"),
         ({"target": "gpu"}, "target is 'gpu', expected one of 'ort-cpu' or None"),
+        ({"ranks": "vmbf", "methods": "svd"}, "ranks is 'vmbf': unknown rule 'vmbf'; did you mean 'vbmf'"),
+        ({"ranks": "vbmf"}, "methods names svd, spatial_svd, tucker2; expected exactly one method with ranks"),
         ({"metric": "los"}, "unknown metric 'los'"),
         ({"methods": ["sv"]}, "unknown method 'sv'"),
         ({"include": "nothing*"}, r"include: 'nothing\*' matches no layer; the model has 0, 2"),
@@ -220,6 +222,16 @@ def test_a_layer_that_the_graph_does_not_show_may_be_named() -> None:
     found = profile(capture(Half(), torch.zeros(2, 64)), methods=["svd"], exclude=["unused"])
     assert names(found.sites) == ["used"]
     assert [entry.layer for entry in found.skipped] == ["unused"]
+
+
+def test_a_rule_gives_every_site_one_rank_off_the_grid() -> None:
+    found = small(methods="svd", overrides={"0": {"methods": "tucker2"}}, ranks="ratio = 30%")
+    assert [(c.site, c.method, c.rank) for c in found.candidates] == [("0", "tucker2", (12, 7)), ("2", "svd", (11,))]
+    assert (found.rank_rule, found.rank_multiple) == ("ratio=0.3", 1)
+    on_grid = small(methods="svd", overrides={"0": {"methods": "tucker2"}}, ranks="ratio=0.3", rank_multiple=8)
+    assert [c.rank for c in on_grid.candidates] == [(16, 8), (8,)]
+    assert on_grid.rank_multiple == 8
+    assert small().rank_rule is None
 
 
 def test_a_pinned_rank_is_the_only_choice() -> None:

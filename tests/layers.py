@@ -1,0 +1,52 @@
+"""Layers of torch for a ``LayerSpec``, made straight from torch's constructors: what chains are compared with."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from tdfx.decompositions.base import Factors
+from tdfx.records.layer import LayerSpec, Site
+
+LAYERS: dict[str, type[nn.Module]] = {
+    "linear": nn.Linear,
+    "conv1d": nn.Conv1d,
+    "conv2d": nn.Conv2d,
+    "conv3d": nn.Conv3d,
+}
+
+
+def dtype_of(site: Site) -> torch.dtype:
+    return getattr(torch, site.layer.dtype)  # type: ignore[no-any-return]
+
+
+def bias_of(site: Site) -> Tensor | None:
+    if not site.layer.bias:
+        return None
+    return torch.linspace(-1, 1, site.layer.out_channels, dtype=torch.float64).to(dtype_of(site))
+
+
+def dense_layer(site: Site, weight: Tensor) -> nn.Module:
+    """The site's own layer in float64 with this weight and the bias of ``bias_of``."""
+    spec = site.layer
+    options = {} if spec.kind == "linear" else {
+        "kernel_size": spec.kernel_size,
+        "stride": spec.stride,
+        "padding": spec.padding,
+        "dilation": spec.dilation,
+        "padding_mode": spec.padding_mode,
+    }  # fmt: skip
+    layer = LAYERS[spec.kind](spec.in_channels, spec.out_channels, bias=spec.bias, dtype=torch.float64, **options)
+    bias = bias_of(site)
+    layer.load_state_dict({"weight": weight} | ({} if bias is None else {"bias": bias.double()}))
+    return layer
+
+
+def inputs(spec: LayerSpec) -> list[Tensor]:
+    """One random float64 input per call."""
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(call.input_shape, generator=generator, dtype=torch.float64) for call in spec.calls]
+
+
+def factors_of(chain: nn.Sequential) -> Factors:
+    return tuple(layer.weight.detach().double() for layer in chain)  # type: ignore[operator]
