@@ -9,17 +9,19 @@ Sources: Lebedev et al. 2015, section 3, for CP of convolutions; ``als`` for the
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from tdfx.decompositions.als import alternate, balance_components, exact, exact_rank
+from tdfx.decompositions.als import alternate, balance_components, exact, exact_rank, flops
 from tdfx.decompositions.base import Decomposition, Factors
 from tdfx.decompositions.chain import link, pointwise, spatial
 from tdfx.records.layer import LayerSpec, Rank, Site
 
 MEMORY = 2**31  # bytes of the largest intermediate, kernel x channels x rank in float32
+SWEEP_FLOPS = 1.2e10  # of the costliest sweep
 
 
 class CP(Decomposition):
@@ -41,7 +43,7 @@ class CP(Decomposition):
         return (exact_rank((layer.out_channels, layer.in_channels, math.prod(layer.kernel_size))),)
 
     def ranks(self, site: Site, multiple: int = 1) -> tuple[Rank, ...]:
-        return tuple(rank for rank in super().ranks(site, multiple) if fits_memory(site, rank))
+        return affordable_ranks(self, site, multiple)
 
     def chain(self, site: Site, rank: Rank) -> tuple[LayerSpec, ...]:
         layer, (r,) = site.layer, rank
@@ -67,8 +69,20 @@ class CP(Decomposition):
         return torch.einsum("or,r...,ri->oi...", expand.flatten(1), depthwise.squeeze(1), reduce.flatten(1))
 
 
-def fits_memory(site: Site, rank: Rank) -> bool:
-    """Whether alternating least squares at this rank keeps within ``MEMORY``."""
-    layer = site.layer
-    channels = max(layer.in_channels, layer.out_channels)
-    return 4 * math.prod(layer.kernel_size) * channels * rank[0] <= MEMORY
+def affordable_ranks(method: Decomposition, site: Site, multiple: int) -> tuple[Rank, ...]:
+    """Ranks that cost less than the dense layer, by equal factors, as far as alternating least squares affords them.
+
+    A sweep takes time in proportion to the rank, so ranks by equal steps would spend nearly all of it on the highest.
+    """
+    layer, (most,) = site.layer, method.full_rank(site)
+    channels, kernel = max(layer.in_channels, layer.out_channels), math.prod(layer.kernel_size)
+    least_flops = flops(layer.weight_shape, 1)
+    affordable = min(most, MEMORY // (4 * kernel * channels), int(SWEEP_FLOPS / least_flops))
+    grid = range(multiple, affordable + 1, multiple)
+    cheaper = bisect_left(grid, True, key=lambda rank: not method.saves(site, (rank,)))
+    if not cheaper:
+        return ()
+    # The lowest, and from a sixteenth of the highest on.
+    start, steps = max(cheaper / 16, 1), method.max_ranks - 2
+    numbers = {1, *(round(start * (cheaper / start) ** (step / steps)) for step in range(steps + 1))}
+    return tuple((grid[number - 1],) for number in sorted(numbers))

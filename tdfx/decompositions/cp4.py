@@ -17,7 +17,7 @@ from torch import Tensor
 from tdfx.decompositions.als import alternate, balance_components, exact, exact_rank
 from tdfx.decompositions.base import Decomposition, Factors
 from tdfx.decompositions.chain import along_each, link, pointwise
-from tdfx.decompositions.cp import fits_memory
+from tdfx.decompositions.cp import affordable_ranks
 from tdfx.records.layer import LayerSpec, Rank, Site
 
 
@@ -27,7 +27,7 @@ class CP4(Decomposition):
     name = "cp4"
     summary = "k x k conv -> 1 x 1, depthwise k x 1, depthwise 1 x k, 1 x 1"
     source = "Lebedev et al. 2015, eq. 5"
-    max_ranks = 12
+    max_ranks = 8
 
     def unsupported(self, site: Site) -> str | None:
         if len(site.layer.kernel_size) < 2 or min(site.layer.kernel_size) == 1:
@@ -40,7 +40,7 @@ class CP4(Decomposition):
         return (exact_rank((layer.out_channels, layer.in_channels, *layer.kernel_size)),)
 
     def ranks(self, site: Site, multiple: int = 1) -> tuple[Rank, ...]:
-        return tuple(rank for rank in super().ranks(site, multiple) if fits_memory(site, rank))
+        return affordable_ranks(self, site, multiple)
 
     def chain(self, site: Site, rank: Rank) -> tuple[LayerSpec, ...]:
         layer, (r,) = site.layer, rank

@@ -145,14 +145,30 @@ def site_of(out_channels: int, in_channels: int) -> Site:
     return Site.of(layer.called_on(((1, in_channels, 8, 8),)))
 
 
-def test_ranks_that_do_not_fit_into_memory_are_not_offered(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("limit", "value"), [("MEMORY", 4 * 9 * 24 * 20), ("SWEEP_FLOPS", 4 * 24 * 16 * 9 * 20)])
+def test_ranks_beyond_memory_or_time_are_not_offered(monkeypatch: pytest.MonkeyPatch, limit: str, value: int) -> None:
     site = site_of(24, 16)
-    free = METHOD.ranks(site)
-    assert max(free) > (20,)
-    monkeypatch.setattr(cp, "MEMORY", 4 * 9 * 24 * 20)
-    fitting = METHOD.ranks(site)
-    assert fitting
-    assert fitting == tuple(rank for rank in free if rank <= (20,))
+    assert max(METHOD.ranks(site)) > (20,)
+    monkeypatch.setattr(cp, limit, value)
+    assert max(METHOD.ranks(site)) == (20,)
+
+
+def test_ranks_grow_by_equal_factors_up_to_the_last_that_saves() -> None:
+    site = site_of(256, 256)
+    ranks = [rank for (rank,) in METHOD.ranks(site, 16)]
+    assert ranks[0] == 16
+    assert METHOD.saves(site, (ranks[-1],))
+    assert not METHOD.saves(site, (ranks[-1] + 16,))
+    assert len(ranks) <= METHOD.max_ranks
+    assert all(1.1 < following / rank <= 1.5 for rank, following in pairwise(ranks[1:]))
+    few = METHOD.ranks(site_of(32, 32), 16)
+    assert [rank for (rank,) in few] == [16 * index for index in range(1, len(few) + 1)]
+
+
+def test_larger_tensors_take_fewer_sweeps() -> None:
+    assert als.sweeps((64, 64, 9), 64) == als.SWEEPS
+    assert als.LEAST_SWEEPS < als.sweeps((256, 256, 9), 256) < als.SWEEPS
+    assert als.sweeps((512, 512, 9), 1000) == als.LEAST_SWEEPS
 
 
 def test_seeds_fill_up_modes_shorter_than_the_rank() -> None:
