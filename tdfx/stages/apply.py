@@ -31,7 +31,7 @@ from tdfx.records.inputs import InputSpec
 from tdfx.records.layer import Site
 from tdfx.records.plan import Plan
 from tdfx.records.result import Report, Result
-from tdfx.stages.capture import RTOL, capture
+from tdfx.stages.capture import RTOL, Model, capture
 from tdfx.stages.profile import cost_before, rest_cost
 from tdfx.targets import Target, find_target, layer_cost
 from tdfx.version import VERSION
@@ -42,8 +42,8 @@ EMPTY_NOTE = "the factors are empty and were not verified: load their weights wi
 
 
 def apply(
-    model: nn.Module,
-    example_inputs: Inputs,
+    model: Model,
+    example_inputs: Inputs | None,
     plan: Plan,
     *,
     example_kwargs: Mapping[str, Tensor] | None = None,
@@ -81,16 +81,35 @@ def apply(
         raise PlanError(f"plan is a {type(plan).__name__}; expected a tdfx.Plan, which Plan.from_json reads from text")
     if factors != EMPTY and not isinstance(factors, Mapping | None):
         raise PlanError(f'factors is a {type(factors).__name__}; expected a state dict or "{EMPTY}"')
-    target, metric = _target_and_metric(plan)
+    _, metric = _target_and_metric(plan)
     if moments is not None:
         raise PlanError(f"the plan's metric is {metric}, which takes no moments; leave moments out")
     started = time.perf_counter()
     captured = capture(model, example_inputs, example_kwargs, trainable=plan.trainable)
+    captured_s = time.perf_counter() - started
     _check_fingerprints(plan, captured, weights=factors is None)
+    result = carry_out(captured, plan, factors=factors, verify=verify)
+    timings = {"capture": captured_s, **result.report.timings_s}
+    return replace(result, report=replace(result.report, timings_s=timings))
+
+
+def carry_out(
+    captured: Capture,
+    plan: Plan,
+    *,
+    factors: Mapping[str, Tensor] | Literal["empty"] | None = None,
+    verify: str = "plan",
+) -> Result:
+    """What ``apply`` does, on a model that is captured already; the result shares the capture's layers.
+
+    Raises:
+        PlanError: the plan names sites, methods or ranks that do not exist there.
+        VerificationError: a chain does not compute its layer; names the layer.
+    """
+    target, metric = _target_and_metric(plan)
     module = captured.module
     inputs = bind(module, captured.args, captured.kwargs)
     sites = _planned_sites(plan, FindSites(ShapeProp(inputs).run(module)).run(module)[0])
-    captured_s = time.perf_counter() - started
 
     started = time.perf_counter()
     candidates: list[Candidate] = []
@@ -134,7 +153,7 @@ def apply(
         skipped=plan.skipped,
         inputs=_input_specs(captured),
         tier=captured.tier,
-        timings_s={"capture": captured_s, "factorize": factorized_s, "verify": verified_s},
+        timings_s={"factorize": factorized_s, "verify": verified_s},
         verification=verification,
         notes=(*captured.notes, *plan.notes, *((EMPTY_NOTE,) if factors == EMPTY else ())),
         versions={"tdfx": VERSION, "torch": torch.__version__, "python": platform.python_version()},

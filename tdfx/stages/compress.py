@@ -9,21 +9,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from tdfx.budget import Budget
 from tdfx.inputs import Inputs
 from tdfx.progress import Report as ProgressReport
 from tdfx.records.result import Result
-from tdfx.stages.apply import apply, check_verify
-from tdfx.stages.capture import capture
+from tdfx.stages.apply import carry_out, check_verify
+from tdfx.stages.capture import Model, capture
 from tdfx.stages.plan import plan, read_budget
 from tdfx.stages.profile import profile
 
 
 def compress(
-    model: nn.Module,
-    example_inputs: Inputs,
+    model: Model,
+    example_inputs: Inputs | None = None,
     example_kwargs: Mapping[str, Tensor] | None = None,
     *,
     budget: str | Budget | None = None,
@@ -45,8 +45,9 @@ def compress(
     """Compresses a model to a budget, or by a rank rule: captures, profiles, plans and applies.
 
     Args:
-        model: a trained module; it is left untouched.
-        example_inputs: a tensor or tuple of tensors that it takes; costs are those of these shapes.
+        model: a trained module, an ``ExportedProgram``, or the path of a ``.pt2`` file; it is left untouched.
+        example_inputs: a tensor or tuple of tensors that it takes; costs are those of these shapes. None for those that
+            an exported program was made with.
         example_kwargs: keyword arguments, tensors.
         budget: "flops=50%", "macs=1.2G", "params=2M", "bytes=8MB", several joined by commas, or a ``tdfx.Budget``;
             shares are of the whole model.
@@ -81,6 +82,8 @@ def compress(
     check_verify(verify)
     started = time.perf_counter()
     captured = capture(model, example_inputs, example_kwargs, trainable=trainable)
+    captured_s = time.perf_counter() - started
+    started = time.perf_counter()
     profiled = profile(
         captured,
         methods=methods,
@@ -101,6 +104,6 @@ def compress(
     planned_s = time.perf_counter() - started
     for note in chosen.notes:
         warnings.warn(note, stacklevel=2)
-    result = apply(model, example_inputs, chosen, example_kwargs=example_kwargs, verify=verify)
-    timings = {"profile": profiled_s, "plan": planned_s, **result.report.timings_s}
+    result = carry_out(captured, chosen, verify=verify)
+    timings = {"capture": captured_s, "profile": profiled_s, "plan": planned_s, **result.report.timings_s}
     return replace(result, report=replace(result.report, timings_s=timings))
