@@ -67,6 +67,11 @@ def isolate(model: nn.Module, *, keep_hooks: bool = False) -> tuple[nn.Module, t
     return copied, tuple(notes)
 
 
+def has_hooks(model: nn.Module) -> bool:
+    """Whether any module of a model has hooks around its forward or backward."""
+    return any(getattr(module, hooks, None) for module in model.modules() for hooks in _HOOKS)
+
+
 def symbolic_trace(model: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor]) -> fx.GraphModule:
     """Traces an isolated model for calls with these inputs; arguments left out keep their defaults for good.
 
@@ -140,8 +145,14 @@ class LayerTracer(fx.Tracer):
             raise fx.proxy.TraceError("autocast inside forward is not part of a graph")
         return super().create_node(*args, **kwargs)
 
+    def create_arg(self, a: Any) -> Any:
+        if isinstance(a, OrderedDict) and all(isinstance(key, str) for key in a):
+            # torch.fx makes a plain dictionary of it, whose entries are no attributes.
+            return self.create_node("call_function", type(a), (), {key: self.create_arg(a[key]) for key in a})
+        return super().create_arg(a)
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return _has_torch_forward(m) or _is_train_switch(m) or super().is_leaf_module(m, module_qualified_name)
+        return has_torch_forward(m) or _is_train_switch(m) or super().is_leaf_module(m, module_qualified_name)
 
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
@@ -174,7 +185,8 @@ def has_stock_forward(module: nn.Module) -> bool:
     return type(module).forward in _STOCK_FORWARDS and "forward" not in vars(module) and stock_conv
 
 
-def _has_torch_forward(module: nn.Module) -> bool:
+def has_torch_forward(module: nn.Module) -> bool:
+    """Whether a module computes what some module of torch computes."""
     return (type(module).forward.__module__ or "").startswith("torch.nn.") and not isinstance(module, nn.Sequential)
 
 

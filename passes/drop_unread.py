@@ -34,6 +34,8 @@ def _may_have_effect(node: fx.Node) -> bool:
         return True
     if isinstance(node.target, torch._ops.OpOverload):
         return node.target._schema.is_mutable
+    if any(value is True for value in (*node.args, *node.kwargs.values())):
+        return True  # that may be inplace or training
     name = getattr(node.target, "__name__", "_")
     module = getattr(node.target, "__module__", None) or "torch"
     known = module.partition(".")[0] in ("torch", "_operator", "math") or node.target is getattr

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.export import Dim, ExportedProgram, ShapesCollection
+from torch.export import ExportedProgram
+from torch.nn.modules import transformer
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from tdfx.contained import plain_attention, quiet, reason
@@ -42,39 +45,74 @@ def export_trace(
         CaptureError: torch.export does not take the model.
     """
     batch = next((value.shape[0] for value in (*args, *kwargs.values()) if value.dim()), 0)
-    # torch.export takes a dimension of 1 for fixed.
-    doubled = [value.repeat(2, *[1] * (value.dim() - 1)) if _has_batch(value, 1) and batch == 1 else value
-               for value in (*args, *kwargs.values())]  # fmt: skip
-    many = (tuple(doubled[: len(args)]), dict(zip(kwargs, doubled[len(args) :], strict=True)))
-    shapes = ShapesCollection()  # type: ignore[no-untyped-call]
-    for value in doubled:
-        if _has_batch(value, max(batch, 2)):
-            shapes[value] = {0: Dim.DYNAMIC}
     try:
-        return operators(_export(model, *many, shapes)), ()
+        return operators(_export(model, args, kwargs, batch)), ()
     except Exception as error:
         failure = error
     try:
-        graph_module = operators(_export(model, args, dict(kwargs), None))
+        graph_module = operators(_export(model, args, kwargs, None))
     except Exception as error:
         raise CaptureError(f"{type(model).__name__} cannot be captured by torch.export ({reason(error)})") from error
     return graph_module, (f"the batch size is fixed: with a free one torch.export says {reason(failure)}",)
 
 
-def _has_batch(value: Tensor, batch: int) -> bool:
-    return value.dim() > 0 and value.shape[0] == batch
-
-
 def _export(
-    model: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], shapes: ShapesCollection | None
+    model: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor], batch: int | None
 ) -> ExportedProgram:
-    with torch.no_grad(), plain_attention(), quiet(), torch.random.fork_rng(devices=[]):
-        dynamic = None if shapes is None else shapes.dynamic_shapes(model, args, kwargs)  # type: ignore[no-untyped-call]
-        return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic, strict=False)
+    containment = plain_attention(), _unread_masks(), quiet(), torch.random.fork_rng(devices=[])
+    with ExitStack() as stack:
+        for context in (torch.no_grad(), *containment, _KeptInputs()):
+            stack.enter_context(context)
+        # Marks, since torch.export cannot match a structure of dynamic shapes to a forward that hides its arguments.
+        copies = tuple(_marked(value, batch) for value in args)
+        named = {name: _marked(value, batch) for name, value in kwargs.items()}
+        return torch.export.export(model, copies, named, strict=False)
+
+
+def _marked(value: Tensor, batch: int | None) -> Tensor:
+    """A copy, whose first dimension is marked as free if it is the batch."""
+    if batch is None or value.dim() == 0 or value.shape[0] != batch:
+        return value.clone()
+    # torch.export takes a dimension of 1 for fixed.
+    copied = value.repeat(2, *[1] * (value.dim() - 1)) if batch == 1 else value.clone()
+    torch._dynamo.mark_dynamic(copied, 0)
+    return copied
+
+
+class _KeptInputs(TorchFunctionMode):
+    """Gives dropout a second name of its input.
+
+    That of channels and that of SELU return in eval mode the tensor that they were given, and torch.export would take
+    their result for the input too where that is read later, as in ``y = dropout(x); return x + y``.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if "dropout" in getattr(func, "__name__", ""):
+            args = tuple(aten.alias(value) if isinstance(value, Tensor) else value for value in args)
+            kwargs = {name: aten.alias(value) if isinstance(value, Tensor) else value for name, value in kwargs.items()}
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def _unread_masks() -> Iterator[None]:
+    """Keeps torch's transformers from looking whether a mask is causal: a hint alone, and dependent on values."""
+    detect = transformer._detect_is_causal_mask
+    transformer._detect_is_causal_mask = lambda mask, is_causal=None, size=None: is_causal is True
+    try:
+        yield
+    finally:
+        transformer._detect_is_causal_mask = detect
 
 
 def operators(program: ExportedProgram) -> fx.GraphModule:
-    """The graph of an exported program, called and returning as the model; weights under their qualified names."""
+    """The graph of an exported program, called and returning as the model; weights under their qualified names.
+
+    Raises:
+        CaptureError: the program takes containers of tensors.
+    """
     root = program.module(check_guards=False)
     for module in root.modules():
         module.training = False
@@ -83,22 +121,31 @@ def operators(program: ExportedProgram) -> fx.GraphModule:
     graph = fx.Graph(tracer_cls=LayerTracer)  # pickling traces anew
     leaves = _copy(graph, root, {})
     names = [None] * len(root._in_spec.children()[0].children()) + list(root._in_spec.children()[1].context)
-    for name, node in zip(names, graph.find_nodes(op="placeholder"), strict=True):
+    inputs = graph.find_nodes(op="placeholder")
+    if len(names) != len(inputs):
+        raise CaptureError(
+            f"the exported program takes {len(inputs)} values as {len(names)} arguments; expected tensors as "
+            "arguments, not containers of them: export a module that takes tensors"
+        )
+    for name, node in zip(names, inputs, strict=True):
         node.target = name or node.target
     graph.output(_structured(graph, root._out_spec, iter(leaves)))
+    _contain_writes(graph)
     return assemble(root, graph)
 
 
 def _copy(graph: fx.Graph, source: fx.GraphModule, values: dict[fx.Node, Any]) -> tuple[Any, ...]:
-    """Copies a graph without assertions and writes into buffers, blocks without gradients as if they had them."""
+    """Copies a graph without assertions and second names, blocks without gradients as if they had them."""
     output: Any = ()
     for node in source.graph.nodes:
         if node in values:
             continue
         if node.op == "output":
             (output,) = node.args
-        elif _is_dropped(node):
+        elif getattr(getattr(node.target, "overloadpacket", None), "__name__", "") in ASSERTIONS:
             values[node] = None
+        elif node.target is aten.alias.default:
+            values[node] = values[node.args[0]]
         elif (inner := _inlined(source, node)) is not None:
             block, given = inner
             given = fx.node.map_arg(given, lambda n: values[n])
@@ -111,19 +158,37 @@ def _copy(graph: fx.Graph, source: fx.GraphModule, values: dict[fx.Node, Any]) -
     return tuple(flat) if isinstance(flat, list | tuple) else (flat,)
 
 
-def _is_dropped(node: fx.Node) -> bool:
-    packet = getattr(node.target, "overloadpacket", None)
-    if getattr(packet, "__name__", "") in ASSERTIONS:
-        return True
-    written = node.args[0] if node.target is aten.copy_.default else None
-    return isinstance(written, fx.Node) and written.op == "get_attr"
+def _contain_writes(graph: fx.Graph) -> None:
+    """Writes into buffers go into a copy made at every call, or nowhere if nobody reads them."""
+    for node in graph.find_nodes(op="get_attr"):
+        names = dict.fromkeys(_names_of_same(node))
+        if not any(isinstance(n.target, torch._ops.OpOverload) and n.target._schema.is_mutable for n in names):
+            continue
+        if all(user in names for name in names for user in name.users):
+            for name in sorted(names, reverse=True):
+                graph.erase_node(name)
+        else:
+            with graph.inserting_after(node):
+                copied = graph.call_function(aten.clone.default, (node,))
+            node.replace_all_uses_with(copied, delete_user_cb=lambda user, copied=copied: user is not copied)
+
+
+def _names_of_same(node: fx.Node) -> Iterator[fx.Node]:
+    """A value with its views and those who write into it."""
+    yield node
+    for user in node.users:
+        arguments = user.target._schema.arguments if isinstance(user.target, torch._ops.OpOverload) else ()
+        if any(value is node and argument.alias_info for argument, value in zip(arguments, user.args, strict=False)):
+            yield from _names_of_same(user)
 
 
 def _inlined(source: fx.GraphModule, node: fx.Node) -> tuple[fx.GraphModule, Sequence[Any]] | None:
     """The block that a no_grad or a disabled autocast runs, and its arguments."""
     if node.target is higher_order.wrap_with_set_grad_enabled:
         _, block, *given = node.args
-    elif node.target is higher_order.wrap_with_autocast and not node.args[2]:
+    elif node.target is higher_order.wrap_with_autocast:
+        if node.args[2]:
+            raise CaptureError("autocast inside forward is not part of a graph; put it around the model")
         block, given = node.args[4], list(node.args[5:])
     else:
         return None
@@ -139,6 +204,11 @@ def _structured(graph: fx.Graph, spec: pytree.TreeSpec, leaves: Iterator[Any]) -
         return values
     if spec.type is dict:
         return dict(zip(spec.context, values, strict=True))
-    if isinstance(spec.type, type) and (is_dataclass(spec.type) or issubclass(spec.type, Mapping)):
-        return graph.call_function(spec.type, (), dict(zip(spec.context, values, strict=True)))
-    return tuple(values)
+    names, absent = spec.context, ()
+    if isinstance(spec.type, type) and is_dataclass(spec.type) and not issubclass(spec.type, Mapping):
+        names, absent = spec.context
+    elif not (
+        isinstance(spec.type, type) and issubclass(spec.type, Mapping) and all(isinstance(n, str) for n in names)
+    ):
+        return tuple(values)
+    return graph.call_function(spec.type, (), dict(zip(names, values, strict=True)) | dict.fromkeys(absent))

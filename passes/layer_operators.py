@@ -63,6 +63,8 @@ def attribute(graph_module: fx.GraphModule, node: fx.Node) -> Any:
 
 def is_transpose(node: fx.Node) -> bool:
     """Whether a node transposes a matrix."""
+    if node.op not in ("call_function", "call_method"):
+        return False
     if node.target in (aten.t.default, torch.t, "t"):
         return True
     if node.target in (aten.permute.default, torch.permute):
@@ -91,7 +93,9 @@ def _product(graph_module: fx.GraphModule, left: Any, right: Any, shift: Any, *,
     while isinstance(right, fx.Node) and is_transpose(right):
         right, transposed = right.args[0], not transposed
     weight = parameter_read(graph_module, right)
-    if weight is None or weight.dim() != 2 or not isinstance(left, fx.Node) or parameter_read(graph_module, left):
+    if weight is None or weight.dim() != 2:
+        return None
+    if not isinstance(left, fx.Node) or parameter_read(graph_module, left) is not None:
         return None
     held = nn.Parameter(weight.detach().T.contiguous(), weight.requires_grad) if transposed else weight
     bias = parameter_read(graph_module, shift)

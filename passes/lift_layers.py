@@ -44,7 +44,7 @@ class LiftLayers(RewritePass):
                 values[node] = _replace(graph_module.graph, node, name, inputs, shift)
         _erase_unread(graph_module.graph)
         for name, call in layers.items():
-            _make_way(graph_module, name, call.layer)
+            make_way(graph_module, name, call.layer)
             graph_module.add_submodule(name, call.layer.train(graph_module.training))
 
     def _name(self, graph_module: fx.GraphModule, node: fx.Node, call: LayerCall, layers: dict[str, LayerCall]) -> str:
@@ -97,7 +97,7 @@ def _erase_unread(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
-def _make_way(graph_module: fx.GraphModule, name: str, layer: nn.Module) -> None:
+def make_way(graph_module: fx.GraphModule, name: str, layer: nn.Module) -> None:
     """Values that lie at a layer's name, or beneath it without being the layer's own, are read elsewhere."""
     for node in graph_module.graph.nodes:
         if node.op != "get_attr" or not f"{node.target}.".startswith(f"{name}."):
@@ -108,9 +108,15 @@ def _make_way(graph_module: fx.GraphModule, name: str, layer: nn.Module) -> None
         if getattr(layer, attribute, None) is value:
             node.target = f"{name}.{attribute}"
             continue
-        node.target = f"{name}_{attribute.replace('.', '_')}"
-        path, _, new = str(node.target).rpartition(".")
-        setattr(graph_module.get_submodule(path), new, value)
+        path, _, new = f"{name}_{attribute.replace('.', '_')}".rpartition(".")
+        parent = graph_module.get_submodule(path)
+        while getattr(parent, new, value) is not value:
+            new += "_"
+        node.target = f"{path}.{new}" if path else new
+        if old in graph_module.get_submodule(holder)._buffers:
+            parent.register_buffer(new, value)
+        else:
+            setattr(parent, new, value)
     holder, _, attribute = name.rpartition(".")
     parent = graph_module.get_submodule(holder)
     if hasattr(parent, attribute):

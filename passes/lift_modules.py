@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from tdfx.passes.base import RewritePass
+from tdfx.passes.capture import has_torch_forward
 from tdfx.passes.layer_operators import attribute
-from tdfx.passes.lift_layers import module_path
+from tdfx.passes.lift_layers import make_way, module_path
 
 aten = torch.ops.aten
 BatchNorm = nn.modules.batchnorm._BatchNorm
@@ -25,7 +26,12 @@ DROPOUTS: dict[Any, type[nn.Module]] = {
     aten.feature_dropout.default: nn.Dropout2d,
     aten.alpha_dropout.default: nn.AlphaDropout,
     aten.feature_alpha_dropout.default: nn.FeatureAlphaDropout,
+    aten.dropout_.default: nn.Dropout,
+    aten.feature_dropout_.default: nn.Dropout2d,
+    aten.alpha_dropout_.default: nn.AlphaDropout,
+    aten.feature_alpha_dropout_.default: nn.FeatureAlphaDropout,
 }
+FEATURE_DROPOUTS = {3: nn.Dropout1d, 5: nn.Dropout3d}  # by the dimensions of their input
 RNNS = (aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input)
 
 
@@ -47,42 +53,54 @@ class LiftModules(RewritePass):
                 self._dropout(graph_module, node)
             elif node.target in RNNS:
                 self._rnn(graph_module, node)
+        graph_module.eval()  # with the containers that came for new names
 
     def _batch_norm(self, graph_module: fx.GraphModule, node: fx.Node) -> None:
         arguments: Any = node.args
         x, weight, bias, mean, var, training, momentum, eps, *_ = arguments
-        if training or not isinstance(mean, fx.Node) or mean.op != "get_attr":
+        parts = (weight, bias, mean, var)
+        if training or mean is None or any(part is not None and part.op != "get_attr" for part in parts):
             return
-        name = str(mean.target).rpartition(".")[0]
-        module = _submodule(self.origin, name)
+        path, _, buffer = str(mean.target).rpartition(".")
+        module = _submodule(self.origin, path)
         if not isinstance(module, BatchNorm) or type(module).forward is not BatchNorm.forward:
             if "val" not in x.meta:
                 return
             # A subclass may do more than normalise: the rest of its forward stands in the graph.
-            values = [None if node is None else attribute(graph_module, node) for node in (weight, bias, mean, var)]
+            values = [None if part is None else attribute(graph_module, part) for part in parts]
             counter = getattr(module, "num_batches_tracked", None)
             momentum = getattr(module, "momentum", momentum)
             module = _plain_batch_norm(x.meta["val"].dim(), values, counter, momentum, eps)
-        _call(graph_module, node, name, module, (x,))
+            if buffer != "running_mean" or not path:
+                path = _new_name(graph_module, path, "batch_norm")
+            else:
+                for child in graph_module.get_submodule(path).named_children():
+                    module.add_module(*child)
+                make_way(graph_module, path, module)
+        _call(graph_module, node, path, module, (x,))
 
     def _dropout(self, graph_module: fx.GraphModule, node: fx.Node) -> None:
-        x, p, _ = node.args
+        target: Any = node.target
+        arguments: Any = node.args
+        x, p, training = arguments
+        if training:
+            return  # it is on in eval mode too
         path = module_path(node)
         module = _submodule(self.origin, path)
-        if isinstance(module, nn.modules.dropout._DropoutNd):
-            _call(graph_module, node, path, module, (x,))
-            return
-        called = {n.target for n in graph_module.graph.nodes if n.op == "call_module"}
-        prefix = f"{path}." if path else ""
-        name = next(name for number in range(len(called) + 1) if (name := f"{prefix}dropout_{number}") not in called)
-        _call(graph_module, node, name, DROPOUTS[node.target](p), (x,))
+        if not isinstance(module, nn.modules.dropout._DropoutNd) or not has_torch_forward(module):
+            path = _new_name(graph_module, path, "dropout")
+            kind: Any = DROPOUTS[target]
+            if kind is nn.Dropout2d and "val" in x.meta:
+                kind = FEATURE_DROPOUTS.get(x.meta["val"].dim(), kind)
+            module = kind(p, inplace=target._schema.is_mutable).eval()
+        _call(graph_module, node, path, module, (x,))
 
     def _rnn(self, graph_module: fx.GraphModule, node: fx.Node) -> None:
         arguments: Any = node.args
         x, state, parameters, *_ = arguments
         path = str(parameters[0].target).rpartition(".")[0]
         module = _submodule(self.origin, path)
-        if not isinstance(module, nn.RNNBase):
+        if not isinstance(module, nn.RNNBase) or not has_torch_forward(module):
             return
         state = tuple(state) if isinstance(state, list | tuple) else state
         value = _call(graph_module, node, path, module, (x, state))
@@ -109,6 +127,13 @@ def _plain_batch_norm(
     module.running_mean, module.running_var = mean, var
     module.num_batches_tracked = torch.tensor(0) if counter is None else counter
     return module
+
+
+def _new_name(graph_module: fx.GraphModule, path: str, kind: str) -> str:
+    """A name beneath ``path`` that no module called by the graph has."""
+    called = {node.target for node in graph_module.graph.nodes if node.op == "call_module"}
+    prefix = f"{path}." if path else ""
+    return next(name for number in range(len(called) + 1) if (name := f"{prefix}{kind}_{number}") not in called)
 
 
 def _submodule(root: nn.Module, path: str) -> nn.Module | None:

@@ -30,6 +30,8 @@ def unpack_attention(model: nn.Module, *, trainable: bool = False) -> nn.Module:
     tensors = [*model.parameters(), *model.buffers()]
     unpacked = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
     for name, module in [*unpacked.named_modules()]:
+        if isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False  # its fast path, which reads packed weights
         if _is_packed(module):
             attention = Attention(module, trainable)
             if not name:
@@ -49,6 +51,8 @@ def _is_packed(module: nn.Module) -> bool:
 
 class Attention(nn.Module):
     """Multi-head attention on four linear layers; takes and returns what nn.MultiheadAttention does."""
+
+    in_proj_bias = None  # keeps nn.TransformerEncoderLayer off its fast path
 
     def __init__(self, packed: nn.MultiheadAttention, trainable: bool) -> None:
         super().__init__()

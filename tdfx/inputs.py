@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
@@ -49,12 +50,22 @@ def as_kwargs(example_kwargs: object) -> dict[str, Tensor]:
 
 
 def run(module: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor]) -> list[Tensor]:
-    """The module's output tensors, flattened; without gradients, random numbers seeded and the caller's kept.
+    """The module's output tensors, out of containers and dataclasses.
 
-    It runs on copies of the inputs, since a module may write into what it is given.
+    It runs without gradients, with random numbers seeded and the caller's kept, on copies of the inputs, since a module
+    may write into what it is given.
     """
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         copies = {name: value.clone() for name, value in kwargs.items()}
         output: Any = module(*(value.clone() for value in args), **copies)
-    return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+    return list(_tensors(output))
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    for leaf in pytree.tree_leaves(value):
+        if isinstance(leaf, Tensor):
+            yield leaf
+        elif is_dataclass(leaf) and not isinstance(leaf, type):
+            for field in fields(leaf):
+                yield from _tensors(getattr(leaf, field.name))

@@ -7,6 +7,7 @@ import operator
 import os
 import pickle
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 from tdfx.errors import InputError
 from tdfx.passes.base import assemble
 from tdfx.passes.capture import LayerTracer
+from tdfx.stages.capture import capture
 from tdfx.structure import decode_graph, encode_graph, named_tensors, values
 from tdfx.structure.functions import attributes, find_function, function_name, methods
 from tdfx.structure.modules import decode_layer, encode_layer
@@ -526,3 +528,29 @@ def test_stacks_of_layers_are_as_many_as_their_tensors() -> None:
 def test_what_only_holds_layers_is_no_layer(name: str) -> None:
     with pytest.raises(InputError, match=f"'{name}' is no layer of torch.nn"):
         decode_layer({"class": name, "arguments": {}}, 10)
+
+
+@dataclass
+class Outputs:
+    scores: Tensor
+    hidden: Tensor | None = None
+
+
+class ByName(nn.Module):
+    """Input (batch, 8), output a dataclass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Outputs:
+        return Outputs(self.layer(x), x)
+
+
+def test_outputs_by_name_come_back_as_a_dictionary() -> None:
+    x = torch.randn(2, 8)
+    module = capture(ByName(), x).module
+    decoded = decode_graph(encode_graph(module), named_tensors(module))
+    found = decoded(x)
+    assert found.keys() == {"scores", "hidden"}
+    torch.testing.assert_close(found["scores"], module(x).scores, rtol=0, atol=0)

@@ -17,7 +17,7 @@ from tdfx.contained import plain_attention
 from tdfx.errors import CaptureError, InputError, VerificationError, WeightError
 from tdfx.fingerprint import structure_fingerprint, weights_fingerprint
 from tdfx.inputs import Inputs, as_args, as_kwargs, run
-from tdfx.passes.capture import has_stock_forward, isolate, symbolic_trace
+from tdfx.passes.capture import has_hooks, has_stock_forward, isolate, symbolic_trace
 from tdfx.passes.count import count
 from tdfx.passes.drop_inactive import DropInactive
 from tdfx.passes.drop_unread import DropUnread
@@ -80,6 +80,8 @@ def capture(
     try:
         reference = _run_model(original, args, kwargs)
     except InputError:
+        if not has_hooks(model):
+            raise
         # Some models gather their outputs by hooks of their own.
         original, notes = _isolated(model, keep_hooks=True)
         reference = _run_model(original, args, kwargs)
@@ -156,7 +158,7 @@ def _trace(
         exported, notes = export_trace(model, args, kwargs)
     except CaptureError as error:
         if traced is not None:
-            return "fx", traced, ()
+            return "fx", traced, (f"symbolic tracing does not see all layers, and {error}",)
         raise CaptureError(f"{problem}. {error}") from error
     lifted = _lift(exported, model)
     if traced is not None and len(_layers(traced)) >= len(_layers(lifted)):
@@ -311,7 +313,7 @@ def _train_notes(original: nn.Module, traced: fx.GraphModule) -> tuple[str, ...]
     for name, module in original.named_modules():
         is_own = not type(module).__module__.startswith("torch.")
         code = getattr(type(module).forward, "__code__", None)
-        inside = any(name == leaf or name.startswith(f"{leaf}.") for leaf in called)
+        inside = any(f"{name}.".startswith(f"{leaf}.") or leaf.startswith(f"{name}.dropout_") for leaf in called)
         if is_own and not inside and code is not None and "training" in code.co_names:
             notes.append(
                 f"{name or type(module).__name__}: forward asks for self.training; the result computes there as in "

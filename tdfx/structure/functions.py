@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import is_dataclass
 from functools import cache
 from typing import Any
 
@@ -43,15 +44,17 @@ _ATTRIBUTES = (
 )
 # Operators of aten with an underscore that exported graphs hold; others may trust their arguments.
 _ATEN = (
-    "_adaptive_avg_pool2d _adaptive_avg_pool3d _assert_async _assert_scalar _assert_tensor_metadata _cdist_forward "
-    "_log_softmax _native_batch_norm_legit _native_batch_norm_legit_no_training _safe_softmax "
-    "_scaled_dot_product_flash_attention_for_cpu _softmax _to_copy _unsafe_view _weight_norm"
+    "__and__ __lshift__ __or__ __rshift__ __xor__ _adaptive_avg_pool2d _adaptive_avg_pool3d _assert_async "
+    "_assert_scalar _assert_tensor_metadata _cdist_forward _log_softmax _native_batch_norm_legit "
+    "_native_batch_norm_legit_no_training _safe_softmax _scaled_dot_product_flash_attention_for_cpu _softmax "
+    "_to_copy _unsafe_view _weight_norm"
 )
+DICT = "builtins.dict"
 _NO_ATEN = "data from_file rename rename_ set_data tofile"
 
 
 def function_name(function: Callable[..., Any]) -> str:
-    """The name a function is saved under.
+    """The name a function is saved under; that of ``dict`` for classes that hold a model's outputs by name.
 
     Raises:
         InputError: it is no function that computes with tensors.
@@ -60,6 +63,8 @@ def function_name(function: Callable[..., Any]) -> str:
         name = str(function)
         if find_function(name) is function:
             return name
+    if holds_outputs(function):
+        return DICT
     try:
         return _names()[id(function)]
     except KeyError as error:
@@ -67,6 +72,11 @@ def function_name(function: Callable[..., Any]) -> str:
             f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', function)} is no function of "
             "torch that computes with tensors"
         ) from error
+
+
+def holds_outputs(function: object) -> bool:
+    """Whether a graph calls a class of a user's own to return outputs by name."""
+    return isinstance(function, type) and (is_dataclass(function) or issubclass(function, Mapping))
 
 
 def find_function(name: object) -> Callable[..., Any]:
@@ -110,7 +120,7 @@ def _is_aten(name: str) -> bool:
 @cache
 def _functions() -> dict[str, Callable[..., Any]]:
     overridable = get_overridable_functions()
-    named: dict[str, Callable[..., Any]] = {}
+    named: dict[str, Callable[..., Any]] = {DICT: dict}
     for module, names in ((operator, _OPERATORS), (torch, _FACTORIES), (F, _PYTHON), (math, _MATH)):
         named |= {f"{module.__name__}.{name}": getattr(module, name) for name in names.split()}
     for namespace in (F, torch, torch.linalg, torch.fft, torch.special):

@@ -22,9 +22,9 @@ from tdfx.passes.base import assemble
 from tdfx.passes.capture import LayerTracer
 from tdfx.records.layer import Shape
 from tdfx.records.reading import read
-from tdfx.structure.functions import attributes, find_function, function_name, methods
+from tdfx.structure.functions import attributes, find_function, function_name, holds_outputs, methods
 from tdfx.structure.modules import HOLDERS, decode_layer, encode_layer
-from tdfx.structure.names import identifier, path
+from tdfx.structure.names import identifier, keyword_argument, path
 from tdfx.structure.values import DTYPES, decode, encode
 
 GETATTR = "builtins.getattr"  # how torch.fx reads x.shape; in no list of functions, since it would read anything
@@ -112,7 +112,7 @@ def _encode(module: fx.GraphModule) -> dict[str, Any]:
     )
     encoded: dict[str, Any] = json.loads(json.dumps(asdict(record), allow_nan=False))
     rebuilt = decode_graph(encoded, {name: tensor.detach() for name, tensor in named_tensors(module).items()})
-    if rebuilt.graph.python_code("self").src != _untyped(module.graph).python_code("self").src:
+    if rebuilt.graph.python_code("self").src != _as_saved(module.graph).python_code("self").src:
         raise InputError("the graph reads differently when it is rebuilt")
     return encoded
 
@@ -231,7 +231,8 @@ def _decode_node(graph: fx.Graph, node: NodeRecord, nodes: Mapping[str, fx.Node]
     identifier(node.name, "a node")
     args = tuple(decode(value, nodes) for value in node.args)
     kwargs = {
-        identifier(name, f"an argument of {node.name}"): decode(entry, nodes) for name, entry in node.kwargs.items()
+        keyword_argument(name, f"an argument of {node.name}"): decode(entry, nodes)
+        for name, entry in node.kwargs.items()
     }
     target: Any = node.target
     if node.op == "call_function" and target == GETATTR:
@@ -328,9 +329,11 @@ def _set_training(root: nn.Module, training: tuple[str, ...]) -> None:
         module.training = name in training
 
 
-def _untyped(graph: fx.Graph) -> fx.Graph:
-    """The graph without annotations, which are not saved."""
+def _as_saved(graph: fx.Graph) -> fx.Graph:
+    """The graph without what is not saved: annotations, and classes of outputs."""
     copied = copy.deepcopy(graph)
     for node in copied.nodes:
         node.type = None
+        if holds_outputs(node.target):
+            node.target = dict
     return copied

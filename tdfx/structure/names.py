@@ -17,12 +17,23 @@ _OF_GRAPHS = frozenset({*dir(fx.GraphModule), *vars(fx.GraphModule({}, fx.Graph(
 
 
 def identifier(name: object, what: str) -> str:
-    """A plain identifier, and nothing else.
+    """A plain identifier, and nothing else, for what the generated source assigns to.
 
     Raises:
         InputError: it is something else, a keyword, or a name of the generated source's own.
     """
-    if not isinstance(name, str) or not _IDENTIFIER.fullmatch(name) or keyword.iskeyword(name) or name in _TAKEN:
+    if name in _TAKEN:
+        raise InputError(f"{what} is {name!r}; expected a plain Python identifier")
+    return keyword_argument(name, what)
+
+
+def keyword_argument(name: object, what: str) -> str:
+    """A plain identifier, and nothing else; among them ``device``, which the generated source uses for its own.
+
+    Raises:
+        InputError: it is something else or a keyword.
+    """
+    if not isinstance(name, str) or not _IDENTIFIER.fullmatch(name) or keyword.iskeyword(name):
         raise InputError(f"{what} is {name!r}; expected a plain Python identifier")
     return name
 

@@ -1,0 +1,310 @@
+"""Modules that train otherwise than they evaluate: what is lifted does in train mode what the model does."""
+
+# Calling a module returns Any.
+# mypy: disable-error-code="no-any-return"
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from exported_networks import BatchNormAct, build
+from torch import Tensor, fx, nn
+
+from tdfx.passes.capture import isolate
+from tdfx.passes.export_trace import export_trace
+from tdfx.passes.lift_layers import LiftLayers
+from tdfx.passes.lift_modules import LiftModules
+from tdfx.passes.unpack_attention import unpack_attention
+
+
+def lifted(model: nn.Module, *args: Tensor, **kwargs: Tensor) -> fx.GraphModule:
+    origin = unpack_attention(isolate(model)[0], trainable=True)
+    return LiftModules(origin).run(LiftLayers(origin).run(export_trace(origin, args, kwargs)[0]))
+
+
+@functools.cache
+def network(name: str) -> fx.GraphModule:
+    """A graph that is only copied."""
+    model, args, kwargs = build(name)
+    return lifted(model, *args, **kwargs)
+
+
+def kinds(graph_module: fx.GraphModule) -> list[str]:
+    return [
+        type(graph_module.get_submodule(str(node.target))).__name__
+        for node in graph_module.graph.nodes
+        if node.op == "call_module"
+    ]
+
+
+def same(found: Any, expected: Any, tolerance: float = 0.0) -> None:
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+def check_training(module: fx.GraphModule, model: nn.Module, *args: Tensor, **kwargs: Tensor) -> None:
+    """Same seed: same outputs, gradients and running statistics; outputs that eval mode does not have."""
+    results: list[tuple[list[Tensor], dict[str, Tensor], dict[str, Tensor]]] = []
+    for trained in (copy.deepcopy(module), copy.deepcopy(model)):
+        trained.train()
+        torch.manual_seed(0)
+        for _ in range(2):
+            found = [y for y in torch.utils._pytree.tree_leaves(trained(*args, **kwargs)) if isinstance(y, Tensor)]
+        loss: Any = sum(y.square().sum() for y in found)
+        loss.backward()
+        parameters = {name.replace("_scale", ".scale"): value for name, value in trained.named_parameters()}
+        gradients = {name: value.grad for name, value in parameters.items() if value.grad is not None}
+        assert gradients.keys() == parameters.keys()
+        results.append((found, gradients, dict(trained.named_buffers())))
+    (found, gradients, buffers), (expected, wanted, statistics) = results
+    same(found, expected, 1e-6)
+    same(gradients, wanted, 1e-5)
+    same(buffers, {name: value for name, value in statistics.items() if name in buffers}, 1e-6)
+    evaluated = [y for y in torch.utils._pytree.tree_leaves(model(*args, **kwargs)) if isinstance(y, Tensor)]
+    assert not all(torch.allclose(y, z) for y, z in zip(expected, evaluated, strict=True))
+
+
+class Functions(nn.Module):
+    """A function of layers and an input; the loop over a shape is what symbolic tracing does not take."""
+
+    def __init__(self, function: Callable[..., Tensor], *layers: nn.Module) -> None:
+        super().__init__()
+        self.function, self.layers, self.first = function, nn.ModuleList(layers), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self, self.first(x), *self.layers)
+
+
+FLAT, SEQUENCE, IMAGE, VIDEO = (8, 6), (3, 4, 6), (3, 4, 5, 6), (3, 4, 2, 5, 6)
+
+
+class NamedDropout(nn.Dropout):
+    """A subclass with torch's forward."""
+
+
+class DoublingDropout(nn.Dropout):
+    """A subclass that does more than drop."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def in_place(net: Functions, x: Tensor, drop: nn.Module) -> Tensor:
+    drop(x)
+    return x + 1
+
+
+Case = tuple[Callable[[], nn.Module], tuple[int, ...], list[str]]
+DROPPING: dict[str, Case] = {
+    "Dropout": (lambda: Functions(lambda net, x, drop: drop(x), nn.Dropout()), FLAT, ["Dropout"]),
+    "Dropout1d": (lambda: Functions(lambda net, x, drop: drop(x), nn.Dropout1d()), SEQUENCE, ["Dropout1d"]),
+    "Dropout2d": (lambda: Functions(lambda net, x, drop: drop(x), nn.Dropout2d()), IMAGE, ["Dropout2d"]),
+    "Dropout3d": (lambda: Functions(lambda net, x, drop: drop(x), nn.Dropout3d()), VIDEO, ["Dropout3d"]),
+    "AlphaDropout": (lambda: Functions(lambda net, x, drop: drop(x), nn.AlphaDropout()), FLAT, ["AlphaDropout"]),
+    "FeatureAlphaDropout": (
+        lambda: Functions(lambda net, x, drop: drop(x), nn.FeatureAlphaDropout()), IMAGE, ["FeatureAlphaDropout"],
+    ),
+    "in place": (lambda: Functions(in_place, nn.Dropout(inplace=True)), FLAT, ["Dropout"]),
+    "a subclass": (lambda: Functions(lambda net, x, drop: drop(x), NamedDropout()), FLAT, ["NamedDropout"]),
+    "a forward of its own": (lambda: Functions(lambda net, x, drop: drop(x), DoublingDropout()), FLAT, ["Dropout"]),
+    "called twice": (lambda: Functions(lambda net, x, drop: drop(drop(x)), nn.Dropout()), FLAT, ["Dropout"] * 2),
+    "beside its input": (lambda: Functions(lambda net, x, drop: drop(x) + 2 * x, nn.Dropout()), FLAT, ["Dropout"]),
+    "Dropout2d beside its input": (
+        lambda: Functions(lambda net, x, drop: drop(x) + 2 * x, nn.Dropout2d()), IMAGE, ["Dropout2d"],
+    ),
+    "AlphaDropout beside its input": (
+        lambda: Functions(lambda net, x, drop: drop(x) + 2 * x, nn.AlphaDropout()), FLAT, ["AlphaDropout"],
+    ),
+    "functional": (
+        lambda: Functions(lambda net, x: F.dropout(F.dropout(x, 0.3, net.training), 0.1, net.training)),
+        FLAT, ["Dropout"] * 2,
+    ),
+    "functional in place": (
+        lambda: Functions(lambda net, x: F.dropout(x, 0.3, net.training, inplace=True)), FLAT, ["Dropout"],
+    ),
+    "functional 1d": (lambda: Functions(lambda net, x: F.dropout1d(x, 0.3, net.training)), SEQUENCE, ["Dropout1d"]),
+    "functional 2d": (lambda: Functions(lambda net, x: F.dropout2d(x, 0.3, net.training)), IMAGE, ["Dropout2d"]),
+    "functional 3d": (lambda: Functions(lambda net, x: F.dropout3d(x, 0.3, net.training)), VIDEO, ["Dropout3d"]),
+    "functional alpha": (
+        lambda: Functions(lambda net, x: F.alpha_dropout(x, 0.3, net.training)), FLAT, ["AlphaDropout"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DROPPING)
+def test_dropout_drops_as_in_the_model(name: str) -> None:
+    factory, shape, expected = DROPPING[name]
+    model, x = factory().eval(), torch.randn(shape)
+    found = lifted(model, x)
+    assert kinds(found) == ["Linear", *expected]
+    same(found(x), model(x))
+    assert not any(module.training for module in found.modules())
+    check_training(found, model, x)
+
+
+def test_dropout_that_is_always_on_stays_on() -> None:
+    model, x = Functions(lambda net, x: F.dropout(x, 0.5, training=True)).eval(), torch.ones(64, 6)
+    found = lifted(model, x)
+    assert kinds(found) == ["Linear"]
+    torch.manual_seed(0)
+    output = found(x)
+    torch.manual_seed(0)
+    same(output, model(x))
+    assert 0 < int(output.eq(0).sum()) < output.numel()
+
+
+class Statistics(nn.Module):
+    """BatchNorm by hand, its statistics in buffers of this module or of the root."""
+
+    def __init__(self, mean: str, computed: bool = False) -> None:
+        super().__init__()
+        self.conv, self.mean, self.computed = nn.Conv1d(4, 4, 1), mean, computed
+        self.gain, self.shift = nn.Parameter(torch.rand(4) + 0.5), nn.Parameter(torch.randn(4))
+        self.register_buffer(mean, torch.randn(4))
+        self.register_buffer("running_var", torch.rand(4) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.gain.exp() if self.computed else self.gain
+        return F.batch_norm(self.conv(x), getattr(self, self.mean), self.running_var, weight, self.shift, self.training)
+
+
+class Outer(nn.Module):
+    """A module around another."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)
+
+
+class Doubling(nn.BatchNorm1d):
+    """More than BatchNorm, with a layer and a parameter of its own."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, eps=1e-2, momentum=0.2)
+        self.scale, self.inner, self.drop = nn.Parameter(torch.rand(1)), nn.Conv1d(channels, channels, 1), nn.Dropout()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.inner(self.drop(x))) * self.scale
+
+
+NORMS: dict[str, Case] = {
+    "BatchNorm1d": (lambda: nn.BatchNorm1d(4), (8, 4), ["BatchNorm1d"]),
+    "BatchNorm1d on sequences": (lambda: nn.BatchNorm1d(4, momentum=None), SEQUENCE, ["BatchNorm1d"]),
+    "BatchNorm2d": (
+        lambda: nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4, affine=False)), IMAGE, ["Conv2d", "BatchNorm2d"],
+    ),
+    "BatchNorm3d": (lambda: nn.BatchNorm3d(4, eps=0.1), VIDEO, ["BatchNorm3d"]),
+    "a forward of its own": (lambda: BatchNormAct(4), IMAGE, ["BatchNorm2d", "Dropout2d"]),
+    "layers of its own": (lambda: Doubling(4), SEQUENCE, ["Dropout", "Conv1d", "BatchNorm1d"]),
+    "called twice": (
+        lambda: Functions(lambda net, x, norm: norm(norm(x)), nn.BatchNorm1d(4)),
+        SEQUENCE, ["Linear", "BatchNorm1d", "BatchNorm1d"],
+    ),
+    "statistics in a block": (lambda: Statistics("running_mean"), SEQUENCE, ["Conv1d", "BatchNorm1d"]),
+    "statistics of another name": (lambda: Statistics("average"), SEQUENCE, ["Conv1d", "BatchNorm1d"]),
+}  # fmt: skip
+
+
+def prepared(model: nn.Module, shape: tuple[int, ...]) -> tuple[nn.Module, Tensor]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        x = torch.randn(shape)
+        model.train()(2 * x + 1)
+        return model.eval(), x
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+@pytest.mark.parametrize("name", NORMS)
+def test_batch_norm_normalizes_as_in_the_model(name: str, depth: int) -> None:
+    factory, shape, expected = NORMS[name]
+    model, x = prepared(Outer(factory()) if depth else factory(), shape)
+    if depth == 0 and isinstance(model, nn.modules.batchnorm._BatchNorm):
+        model = nn.Sequential(model).eval()  # a root is no layer
+    found = lifted(model, x)
+    assert kinds(found) == expected
+    same(found(x), model(x))
+    if "statistics" in name:  # under names of a BatchNorm's own
+        found, model = copy.deepcopy(found).train(), copy.deepcopy(model).train()
+        same(found(x), model(x))
+        norm = next(part for part in found.modules() if isinstance(part, nn.BatchNorm1d))
+        same(norm.running_var, dict(model.named_buffers())["inner.running_var" if depth else "running_var"])
+        return
+    check_training(found, model, x)
+
+
+def test_batch_norm_with_a_computed_weight_or_of_the_batch_stays_an_operator() -> None:
+    for inner in (Statistics("running_mean", computed=True), nn.BatchNorm1d(4, track_running_stats=False)):
+        model, x = prepared(Outer(inner), SEQUENCE)
+        found = lifted(model, x)
+        assert "BatchNorm1d" not in kinds(found)
+        same(found(x), model(x))
+
+
+# Recurrent layers
+
+
+class Outputs(nn.LSTM):
+    """A subclass that returns its outputs alone."""
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x)[0]
+
+
+class Reading(nn.Module):
+    """Everything that a recurrent layer returns."""
+
+    def __init__(self, rnn: nn.Module) -> None:
+        super().__init__()
+        self.rnn = rnn
+
+    def forward(self, x: Tensor) -> Any:
+        return self.rnn(x)
+
+
+OPTIONS: dict[str, Any] = {"num_layers": 2, "bidirectional": True, "dropout": 0.5}
+RECURRENT: dict[str, Callable[[], nn.Module]] = {
+    "LSTM": lambda: nn.LSTM(6, 5, batch_first=True, **OPTIONS),
+    "LSTM, projected": lambda: nn.LSTM(6, 5, proj_size=3, **OPTIONS),
+    "GRU": lambda: nn.GRU(6, 5, **OPTIONS),
+    "RNN": lambda: nn.RNN(6, 5, batch_first=True, **OPTIONS),
+    "RNN, relu": lambda: nn.RNN(6, 5, nonlinearity="relu", **OPTIONS),
+}
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN:UserWarning")
+@pytest.mark.parametrize("name", RECURRENT)
+def test_recurrent_layers_are_the_models_own(name: str) -> None:
+    model, x = Reading(RECURRENT[name]()).eval(), torch.randn(3, 4, 6)
+    found = lifted(model, x)
+    assert kinds(found) == [name.partition(",")[0]]
+    same(found(x), model(x))
+    check_training(found, model, x)
+
+
+def test_a_recurrent_layer_with_a_forward_of_its_own_stays_an_operator() -> None:
+    model, x = Reading(Outputs(6, 5)).eval(), torch.randn(3, 4, 6)
+    found = lifted(model, x)
+    assert kinds(found) == []
+    same(found(x), model(x))
+
+
+# Whole networks
+
+
+@pytest.mark.parametrize("name", ["regularized", "drop_residual"])
+def test_networks_train_as_they_did(name: str) -> None:
+    model, args, kwargs = build(name)
+    check_training(network(name), model, *args, **kwargs)
+
+
+def test_names_of_parameters_and_statistics_stay() -> None:
+    model, _, _ = build("regularized")
+    assert network("regularized").state_dict().keys() == model.state_dict().keys()

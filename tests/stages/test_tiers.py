@@ -1,0 +1,369 @@
+"""Capture of what symbolic tracing does not take: which tier is chosen, what it sees, and what its result can do."""
+
+# Calling a module returns Any.
+# mypy: disable-error-code="no-any-return"
+
+from __future__ import annotations
+
+import copy
+import functools
+import pickle
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from exported_networks import EXPORTED, Kwargs, LastOutput, Prediction, build
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from tdfx.contained import plain_attention, quiet
+from tdfx.errors import CaptureError, InputError
+from tdfx.passes.capture import has_stock_forward
+from tdfx.records.capture import Capture
+from tdfx.stages.capture import capture
+
+TRACED = ("guarded", "both_ways", "two_strides", "computed_bias")  # what symbolic tracing takes whole
+NAMES = sorted(EXPORTED)
+X = torch.randn(2, 6, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(autouse=True)
+def _plain_attention() -> Iterator[None]:
+    with plain_attention():
+        yield
+
+
+@functools.cache
+def trained(name: str) -> Capture:
+    """A capture that is only read."""
+    model, args, kwargs = build(name)
+    return capture(model, args, kwargs, trainable=True)
+
+
+def layers(captured: Capture) -> set[str]:
+    called = {str(node.target) for node in captured.module.graph.nodes if node.op == "call_module"}
+    return {name for name in called if has_stock_forward(captured.module.get_submodule(name))}
+
+
+def same(found: Any, expected: Any, tolerance: float = 0.0) -> None:
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+def outputs(model: nn.Module, args: tuple[Tensor, ...], kwargs: Kwargs) -> list[Any]:
+    return torch.utils._pytree.tree_leaves(model(*args, **kwargs))
+
+
+# What is seen
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_convolution_and_linear_layer_is_seen_without_difference(name: str) -> None:
+    captured = trained(name)
+    assert captured.tier == ("fx" if name in TRACED else "export")
+    assert layers(captured) == EXPORTED[name].layers
+    assert captured.max_rel_diff == 0.0
+    assert not any(module.training for module in captured.module.modules())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_weights_keep_their_names_and_values(name: str) -> None:
+    original, module = trained(name).original, trained(name).module
+    for layer in EXPORTED[name].layers & {path for path, _ in original.named_modules()}:
+        found, given = module.get_parameter(f"{layer}.weight"), original.get_parameter(f"{layer}.weight")
+        same(found, given.T if name == "gpt" and layer != "lm_head" else given)
+
+
+def test_tied_weights_stay_tied() -> None:
+    module = trained("gpt").module
+    assert module.get_parameter("lm_head.weight") is module.get_parameter("wte.weight")
+
+
+def test_layers_that_are_not_called_are_skipped_with_a_reason() -> None:
+    assert {entry.layer: entry.reason for entry in trained("unused").skipped} == {
+        "never": "not called on the example inputs"
+    }
+
+
+def test_symbolic_tracing_is_kept_where_it_sees_as_much() -> None:
+    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 4))
+    assert capture(model, X).tier == "fx"
+
+
+def test_a_folded_capture_is_of_the_same_numbers() -> None:
+    model, args, kwargs = build("regularized")
+    captured = capture(model, args, kwargs)
+    kinds = {type(module).__name__ for module in captured.module.modules()}
+    assert not {kind for kind in kinds if "Dropout" in kind or kind == "BatchNorm2d"}
+    assert captured.max_rel_diff <= 1e-6
+    assert [entry.layer for entry in captured.skipped] == ["norm3"]
+
+
+# The batch
+
+
+@pytest.mark.parametrize("name", sorted(EXPORTED.keys() - {"fixed_batch"}))
+def test_the_batch_is_free(name: str) -> None:
+    model, args, kwargs = build(name, batch=5)
+    assert not any(note.startswith("the batch size is fixed") for note in trained(name).notes)
+    same(outputs(trained(name).module, args, kwargs), outputs(model, args, kwargs))
+
+
+@pytest.mark.parametrize("name", ["bert", "seq2seq", "shape_dependent"])
+def test_an_example_batch_of_1_leaves_the_batch_free(name: str) -> None:
+    model, args, kwargs = build(name, batch=1)
+    captured = capture(model, args, kwargs, trainable=True)
+    assert captured.args == args
+    assert layers(captured) == EXPORTED[name].layers
+    for batch in (1, 3):
+        args, kwargs = EXPORTED[name].inputs(batch)
+        same(outputs(captured.module, args, kwargs), outputs(model, args, kwargs))
+
+
+def test_a_batch_that_cannot_be_free_is_noted() -> None:
+    (note,) = trained("fixed_batch").notes
+    assert note.startswith("the batch size is fixed: with a free one torch.export says UserError: Constraints violated")
+
+
+# What a result can do
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_result_is_pickled_copied_and_trained(name: str) -> None:
+    _, args, kwargs = build(name)
+    module = trained(name).module
+    expected = module(*args, **kwargs)
+    for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        found = other(*args, **kwargs)
+        assert type(found) is type(expected)
+        same(torch.utils._pytree.tree_leaves(found), torch.utils._pytree.tree_leaves(expected))
+        assert dict(other.named_parameters()).keys() == dict(module.named_parameters()).keys()
+        assert not any(part.training for part in other.modules())
+        leaves = outputs(other.train(), args, kwargs)
+        sum(y.square().sum() for y in leaves if isinstance(y, Tensor) and y.requires_grad).backward()  # type: ignore[union-attr]
+        called = {str(node.target) for node in other.graph.nodes if node.op == "call_module" and node.users}
+        assert all(other.get_parameter(f"{path}.weight").grad is not None for path in layers(trained(name)) & called)
+
+
+def test_outputs_keep_their_containers() -> None:
+    _, args, kwargs = build("bert")
+    assert type(trained("bert").module(*args, **kwargs)) is LastOutput
+    model, args, kwargs = build("nested")
+    found = trained("nested").module(*args, **kwargs)
+    assert isinstance(found["record"], Prediction)
+    assert isinstance(found["pair"], tuple)
+    assert isinstance(found["pair"][1], list)
+    assert (found["none"], found["number"]) == (None, 3)
+    assert found.keys() == model(*args, **kwargs).keys()
+
+
+def test_buffers_that_forward_updates_stay() -> None:
+    _, args, kwargs = build("counting")
+    captured = trained("counting")
+    module = copy.deepcopy(captured.module)
+    before = copy.deepcopy(module.state_dict())
+    module(*args, **kwargs)
+    same(module.state_dict(), before)
+    assert "calls: forward updates this buffer in eval mode; the result does not" in captured.notes
+
+
+# The caller's model and inputs
+
+
+def snapshot(model: nn.Module) -> list[Any]:
+    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    return [
+        [(name, id(value), value._version, value.requires_grad) for name, value in tensors],
+        [value.detach().reshape(-1).tolist() for _, value in tensors],
+        [(name, id(part), type(part), part.training, sorted(vars(part))) for name, part in model.named_modules()],
+        [{key: id(hook) for key, hook in part._forward_hooks.items()} for part in model.modules()],
+    ]
+
+
+@pytest.mark.parametrize("name", ["bert", "seq2seq", "counting", "fixed_batch", "regularized"])
+def test_the_model_and_its_inputs_are_left_as_they_were(name: str) -> None:
+    model, args, kwargs = build(name)
+    model.train()
+    fired: list[Any] = []
+    next(iter(model.children())).register_forward_hook(lambda *_: fired.append(1))
+    before, given = snapshot(model), [value.clone() for value in (*args, *kwargs.values())]
+    state = torch.random.get_rng_state()
+    captured = capture(model, args, kwargs, trainable=True)
+    assert snapshot(model) == before
+    assert fired == []
+    same([*args, *kwargs.values()], given)
+    assert all(vars(value) == {} for value in (*args, *kwargs.values()))
+    same(torch.random.get_rng_state(), state)
+    held = {value.data_ptr() for value in model.state_dict().values()}
+    assert held.isdisjoint(value.data_ptr() for value in captured.module.state_dict().values())
+
+
+class Gathering(nn.Module):
+    """A network that returns what its own hooks saw."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(6, 6), nn.Linear(6, 4)
+        self.seen: list[Tensor] = []
+        self.body.register_forward_hook(self.keep)
+
+    def keep(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        self.seen.append(output)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        self.seen.clear()
+        y = self.head(F.relu(self.body(x)))
+        return y, self.seen[0]
+
+
+def test_hooks_that_gather_outputs_are_kept() -> None:
+    model = Gathering().eval()
+    captured = capture(model, X)
+    assert layers(captured) == {"body", "head"}
+    assert captured.max_rel_diff == 0.0
+    assert captured.notes == ()
+    assert model.seen == []
+    assert len(model.body._forward_hooks) == 1
+    other = torch.randn(3, 6)
+    same(captured.module(other), model(other))
+
+
+# Exported programs
+
+
+@functools.cache
+def program(name: str = "shape_dependent") -> ExportedProgram:
+    model, args, kwargs = build(name)
+    with quiet():
+        return torch.export.export(model, args, kwargs, dynamic_shapes=({0: Dim.DYNAMIC},), strict=False)
+
+
+def decomposed() -> ExportedProgram:
+    with quiet():
+        return program().run_decompositions()
+
+
+def saved(folder: Path) -> Path:
+    torch.export.save(program(), folder / "model.pt2")
+    return folder / "model.pt2"
+
+
+FORMS: dict[str, Callable[[Path], Any]] = {
+    "program": lambda folder: program(),
+    "decomposed program": lambda folder: decomposed(),
+    "graph module": lambda folder: program().module(),
+    "graph module without guards": lambda folder: program().module(check_guards=False),
+    "path": saved,
+    "string": lambda folder: str(saved(folder)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:FutureWarning")  # torch's, on copying such a graph
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("batch", [2, 4])
+def test_an_exported_model_is_captured_in_every_form(form: str, batch: int, tmp_path: Path) -> None:
+    model, args, _ = build("shape_dependent", batch=batch)
+    captured = capture(FORMS[form](tmp_path), args, trainable=True)
+    assert layers(captured) == EXPORTED["shape_dependent"].layers
+    assert captured.max_rel_diff == 0.0
+    same(captured.module(*args), model(*args))
+    (other,), _ = EXPORTED["shape_dependent"].inputs(7)
+    same(captured.module(other), model(other))
+    same(pickle.loads(pickle.dumps(captured.module))(other), model(other))
+
+
+@pytest.mark.parametrize("form", ["program", "path"])
+def test_an_exported_program_brings_its_own_inputs(form: str, tmp_path: Path) -> None:
+    _, args, _ = build("shape_dependent")
+    captured = capture(FORMS[form](tmp_path))
+    same(captured.args, args)
+    assert captured.tier == "export"
+    assert layers(captured) == EXPORTED["shape_dependent"].layers
+
+
+def test_a_program_without_inputs_asks_for_them() -> None:
+    bare = copy.copy(program())
+    bare.example_inputs = None
+    with pytest.raises(InputError, match="example_inputs is a NoneType"):
+        capture(bare)
+
+
+@pytest.mark.parametrize("name", ["regularized", "recurrent", "gpt"])
+def test_an_exported_program_trains_as_far_as_it_says(name: str) -> None:
+    model, args, kwargs = build(name)
+    captured = capture(program(name), args, kwargs, trainable=True)
+    assert captured.max_rel_diff == 0.0
+    assert layers(captured) >= EXPORTED[name].layers
+    kinds = [type(module).__name__ for module in captured.module.modules()]
+    assert kinds.count("BatchNorm2d") == (2 if name == "regularized" else 0)
+    (other,), _ = EXPORTED[name].inputs(3)
+    same(outputs(captured.module, (other,), {}), outputs(model, (other,), {}))
+
+
+def test_programs_and_modules_share_nothing_with_the_capture() -> None:
+    before = copy.deepcopy(program().state_dict)
+    module = capture(program()).module
+    with torch.no_grad():
+        for value in module.parameters():
+            value.add_(1)
+    same(dict(program().state_dict), dict(before))
+
+
+# Failures
+
+
+class Neither(nn.Module):
+    """Control flow on values, which no tier takes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.sum() > 0:
+            return x
+        return self.linear(x)
+
+
+def test_an_error_names_both_tiers_where_both_fail() -> None:
+    with pytest.raises(
+        CaptureError, match=r"(?s)symbolic tracing at test_tiers.py:\d+ in forward: `if x.sum\(\) > 0.*torch.export \("
+    ):
+        capture(Neither(), X)
+
+
+class OpaqueBlock(nn.Module):
+    """A layer that is seen, and torch's encoder around values that torch.export does not take."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 1)
+        self.flow = ValueFlow()
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x: Tensor, padding: Tensor) -> Tensor:
+        return self.head(self.flow(self.encoder(x, src_key_padding_mask=padding)))
+
+
+class ValueFlow(nn.Module):
+    """Control flow on values in a module that symbolic tracing takes for a leaf."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if self.training or float(x.detach().sum()) != 0.5 else -x
+
+
+def test_symbolic_tracing_is_the_answer_where_torch_export_fails() -> None:
+    torch.backends.mha.set_fastpath_enabled(True)  # as users have it
+    model = OpaqueBlock().eval()
+    padding = torch.zeros(2, 5, dtype=torch.bool)
+    padding[1, 3:] = True
+    x = torch.randn(2, 5, 16)
+    captured = capture(model, (x, padding))
+    assert captured.tier == "fx"
+    assert layers(captured) == {"head"}
+    assert "encoder.layers.0.linear1" in {entry.layer for entry in captured.skipped}
+    with plain_attention():
+        same(captured.module(x, padding), model(x, padding))
