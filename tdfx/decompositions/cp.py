@@ -21,7 +21,7 @@ from tdfx.decompositions.chain import link, pointwise, spatial
 from tdfx.records.layer import LayerSpec, Rank, Site
 
 MEMORY = 2**31  # bytes of the largest intermediate, kernel x channels x rank in float32
-SWEEP_FLOPS = 1.2e10  # of the costliest sweep
+SWEEP_FLOPS = 6e9  # of the costliest sweep
 
 
 class CP(Decomposition):
@@ -30,7 +30,7 @@ class CP(Decomposition):
     name = "cp"
     summary = "k x k conv -> 1 x 1, depthwise k x k, 1 x 1"
     source = "Lebedev et al. 2015, sec. 3; Kolda & Bader 2009, sec. 3.4"
-    max_ranks = 12
+    max_ranks = 10
 
     def unsupported(self, site: Site) -> str | None:
         if site.kind == "linear" or math.prod(site.layer.kernel_size) == 1:
@@ -80,8 +80,8 @@ def affordable_ranks(method: Decomposition, site: Site, multiple: int) -> tuple[
     affordable = min(most, MEMORY // (4 * kernel * channels), int(SWEEP_FLOPS / least_flops))
     grid = range(multiple, affordable + 1, multiple)
     cheaper = bisect_left(grid, True, key=lambda rank: not method.saves(site, (rank,)))
-    if not cheaper:
-        return ()
+    if cheaper <= method.max_ranks:
+        return tuple((rank,) for rank in grid[:cheaper])
     # The lowest, and from a sixteenth of the highest on.
     start, steps = max(cheaper / 16, 1), method.max_ranks - 2
     numbers = {1, *(round(start * (cheaper / start) ** (step / steps)) for step in range(steps + 1))}
