@@ -1,7 +1,8 @@
 """Time and error of the decompositions against tensorly's, at the same form, dtype, rank and number of sweeps.
 
 Layers have the shapes of ResNet-50 and of a 4096 x 4096 linear layer; weights are sums of random separable terms of
-falling weight and noise, in float32. Both sides run one after the other, repeatedly; times are medians, errors relative
+falling weight and noise. Both sides get the same tensor of float64 (or --dtype float32, which tdfx turns into float64
+first) and run one after the other, repeatedly; times are medians, errors relative
 Frobenius norms, computed in float64.
 """
 
@@ -93,7 +94,8 @@ def main() -> None:
     """Prints one row per layer and method."""
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--layers", nargs="+", default=list(LAYERS), choices=list(LAYERS))
-    options.add_argument("--methods", nargs="+", default=list(RIVALS), choices=list(RIVALS))
+    options.add_argument("--methods", nargs="+", default=["tucker2", "cp", "tt", "svd"], choices=list(RIVALS))
+    options.add_argument("--dtype", default="float64", choices=["float32", "float64"])
     options.add_argument("--sweeps", type=int, default=25, help="of alternating least squares, on both sides")
     options.add_argument("--repeats", type=int, default=3)
     arguments = options.parse_args()
@@ -105,16 +107,24 @@ def main() -> None:
                 shape = LAYERS[layer]
                 if (name == "svd") != (len(shape) == 2 or shape[2:] == (1, 1)):
                     continue
-                row = compare(name, shape, arguments.repeats)
+                row = compare(name, shape, arguments.repeats, getattr(torch, arguments.dtype))
                 rows.append((layer, name, *row))
                 print(*rows[-1], sep="  ", flush=True)
-    print(f"\n{torch.get_num_threads()} threads, at most {arguments.sweeps} sweeps, medians of {arguments.repeats}\n")
+    for name in arguments.methods:
+        own = [row for row in rows if row[1] == name]
+        ours_s, theirs_s = (sum(float(row[column]) for row in own) for column in (3, 4))
+        rows.append(
+            ("all layers", name, "", f"{ours_s:.3f}", f"{theirs_s:.3f}", f"{theirs_s / ours_s:.1f}", "", "", "")
+        )
+    print(
+        f"\n{torch.get_num_threads()} threads, {arguments.dtype}, at most {arguments.sweeps} sweeps, medians of {arguments.repeats}\n"
+    )
     print(align(HEADER, rows, right=range(3, len(HEADER))))
 
 
-def compare(name: str, shape: tuple[int, ...], repeats: int) -> tuple[str, ...]:
+def compare(name: str, shape: tuple[int, ...], repeats: int, dtype: torch.dtype) -> tuple[str, ...]:
     """One row: times and errors of both sides."""
-    weight = synthetic(shape)
+    weight = synthetic(shape).to(dtype)
     method, rival = registry()[name], RIVALS[name]
     rank = rival.ranks(shape)
     times: tuple[list[float], list[float]] = ([], [])
@@ -134,13 +144,12 @@ def compare(name: str, shape: tuple[int, ...], repeats: int) -> tuple[str, ...]:
 
 
 def synthetic(shape: tuple[int, ...]) -> Tensor:
-    """A float32 weight whose spectrum falls as those of trained layers do."""
+    """A weight whose spectrum falls as those of trained layers do."""
     generator = torch.Generator().manual_seed(0)
     terms = min(shape[:2])
     factors = [torch.randn(size, terms, generator=generator) for size in shape]
     decay = torch.arange(1, terms + 1).float() ** -0.7
-    letters = "abcd"[: len(shape)]
-    structured = torch.einsum(f"{','.join(f'{letter}z' for letter in letters)},z->{letters}", *factors, decay)
+    structured = ((factors[0] * decay) @ als.khatri_rao(factors[1:]).T).reshape(shape)
     return structured / structured.std() + 0.3 * torch.randn(shape, generator=generator)
 
 

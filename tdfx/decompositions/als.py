@@ -118,17 +118,18 @@ def _sweep(slices: Tensor, factors: Factors) -> tuple[Factors, float]:
     by far here.
     """
     _, b, *kernel = factors
+    gram_b, whole = b.T @ b, khatri_rao(kernel)
     with_b = slices @ b.float()  # (kernel, out, R)
-    whole = khatri_rao(kernel)
-    a = _solve((b.T @ b) * (whole.T @ whole), (with_b * whole.float().unsqueeze(1)).sum(0))
-    products = (with_b * a.float()).sum(1).double()  # (kernel, R)
+    a = _solve(gram_b * (whole.T @ whole), (with_b * whole.float().unsqueeze(1)).sum(0).double())
+    gram_a, single = a.T @ a, a.float()
+    products = (with_b * single).sum(1).double()  # (kernel, R)
     for mode in range(len(kernel)):
-        kernel[mode] = _kernel_factor(products, (a.T @ a) * (b.T @ b), kernel, mode, RIDGE)
+        kernel[mode] = _kernel_factor(products, gram_a * gram_b, kernel, mode, RIDGE)
     whole = khatri_rao(kernel)
-    with_a = slices.transpose(1, 2) @ a.float()  # (kernel, in, R)
-    gram, rhs = (a.T @ a) * (whole.T @ whole), (with_a * whole.float().unsqueeze(1)).sum(0).double()
+    with_a = slices.transpose(1, 2) @ single  # (kernel, in, R)
+    gram, rhs = gram_a * (whole.T @ whole), (with_a * whole.float().unsqueeze(1)).sum(0).double()
     b = _solve(gram, rhs)
-    return (a, b, *kernel), float(1 - 2 * (b * rhs).sum() + (b * (b @ gram)).sum())
+    return (a, b, *kernel), float(1 + (b * (b @ gram - 2 * rhs)).sum())
 
 
 def _kernel_factor(products: Tensor, gram: Tensor, kernel: Sequence[Tensor], mode: int, ridge: float) -> Tensor:
@@ -143,8 +144,9 @@ def _kernel_factor(products: Tensor, gram: Tensor, kernel: Sequence[Tensor], mod
 
 def _solve(gram: Tensor, rhs: Tensor, ridge: float = RIDGE) -> Tensor:
     """X of X (G + ridge mean(diag G) I) = rhs, in float64; the ridge makes the matrix safely positive definite."""
-    damped = gram + ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
-    solution = torch.cholesky_solve(rhs.double().T, torch.linalg.cholesky(damped))
+    damped = gram.clone()
+    damped.diagonal().add_(ridge * gram.diagonal().mean())
+    solution = torch.cholesky_solve(rhs.T, torch.linalg.cholesky(damped))
     return solution.T
 
 
