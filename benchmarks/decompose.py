@@ -116,9 +116,8 @@ def main() -> None:
         rows.append(
             ("all layers", name, "", f"{ours_s:.3f}", f"{theirs_s:.3f}", f"{theirs_s / ours_s:.1f}", "", "", "")
         )
-    print(
-        f"\n{torch.get_num_threads()} threads, {arguments.dtype}, at most {arguments.sweeps} sweeps, medians of {arguments.repeats}\n"
-    )
+    setting = f"{torch.get_num_threads()} threads, {arguments.dtype}, at most {arguments.sweeps} sweeps"
+    print(f"\n{setting}, medians of {arguments.repeats}\n")
     print(align(HEADER, rows, right=range(3, len(HEADER))))
 
 

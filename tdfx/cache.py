@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import os
 from collections.abc import Callable
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 from tdfx.errors import InputError, OptionError
@@ -30,17 +34,41 @@ class ListCache:
         except OSError as error:
             raise InputError(f"cache_dir {folder}: {error.strerror}; choose a folder that can be written") from error
 
-    def get(self, key: tuple[object, ...], compute: Callable[[], list[float]]) -> list[float]:
-        """The cached list for this key, or what ``compute`` returns, kept for the next time."""
+    def get(self, key: tuple[object, ...], length: int, compute: Callable[[], list[float]]) -> list[float]:
+        """The cached list of this length for this key, or what ``compute`` returns, kept for the next time."""
         if self.folder is None:
             return compute()
         path = self.folder / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}.json"
         try:
             values = json.loads(path.read_text())
-            if isinstance(values, list) and all(isinstance(value, float) for value in values):
-                return values
+            if _is_list_of_numbers(values, length):
+                return values  # type: ignore[no-any-return]
         except (OSError, ValueError):
             pass
         computed = compute()
         write_text(path, json.dumps(computed))
         return computed
+
+
+def user_cache() -> Path:
+    """The folder for what this user's runs keep: ``$XDG_CACHE_HOME/tdfx``, without that variable ``~/.cache/tdfx``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "tdfx")
+
+
+@cache
+def sources_digest(package: str) -> str:
+    """SHA-256 of a package's source files; as part of a key it leaves out what other code computed."""
+    spec = find_spec(package)
+    assert spec is not None and spec.origin is not None
+    digest = hashlib.sha256()
+    for path in sorted(Path(spec.origin).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _is_list_of_numbers(value: object, length: int) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) == length
+        and all(isinstance(entry, float) and math.isfinite(entry) for entry in value)
+    )

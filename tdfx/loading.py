@@ -1,6 +1,6 @@
 """What the command line names: a model, its weights, example inputs.
 
-Python is run only where the user names it as the model; weights are read without running any.
+Python is run only where the user names it as the model; weights and ``.pt2`` files are read without running any.
 """
 
 from __future__ import annotations
@@ -21,8 +21,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 from tdfx.errors import InputError
+from tdfx.inputs import as_args, as_kwargs
+from tdfx.pt2 import load_program
 from tdfx.records.inputs import InputSpec
 
 DTYPES = {
@@ -35,6 +38,43 @@ _INPUT_FORMS = (
     f"argument: 1x3x224x224, 2x3x8x8:float16 or input_ids=2x128:int64 (dtypes: {', '.join(DTYPES)})"
 )
 _NAMED = 3  # keys named in a message
+
+
+def open_model(name: str, weights: Path | None = None) -> nn.Module | ExportedProgram:
+    """The model that ``package.module:factory``, ``file.py:factory`` or ``file.pt2`` names, with its weights.
+
+    Args:
+        name: as for ``load_model``, or a file that torch.export.save wrote.
+        weights: a state dict for the model, as for ``load_weights``; not for ``.pt2`` files, which hold theirs.
+
+    Raises:
+        InputError: as for ``load_model``, ``load_weights`` and ``load_program``.
+    """
+    if is_program(name):
+        if weights is not None:
+            raise InputError(f"model {name}: a .pt2 file holds its own weights; leave weights {weights} out")
+        return load_program(name)
+    model = load_model(name)
+    if weights is not None:
+        load_weights(model, weights)
+    return model
+
+
+def is_program(name: str) -> bool:
+    """Whether a name is that of an exported program, which knows example inputs of its own."""
+    return name.endswith(".pt2")
+
+
+def program_inputs(program: ExportedProgram) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+    """The example inputs that a program was exported with.
+
+    Raises:
+        InputError: it has none, or they are no tensors.
+    """
+    if program.example_inputs is None:
+        raise InputError("the exported program holds no example inputs; give inputs of the shapes that it takes")
+    args, kwargs = program.example_inputs
+    return as_args(args), as_kwargs(kwargs)
 
 
 def load_model(name: str) -> nn.Module:

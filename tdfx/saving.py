@@ -28,6 +28,7 @@ from tdfx.records.plan import Plan
 from tdfx.records.reading import parse, read
 from tdfx.records.result import Report, Result
 from tdfx.stages.apply import apply
+from tdfx.stages.capture import Model
 from tdfx.structure import decode_graph, encode_graph, named_tensors
 from tdfx.version import VERSION as TDFX_VERSION
 
@@ -161,7 +162,7 @@ def save(result: Result, folder: str | os.PathLike[str]) -> None:
         output.save_result(result)
 
 
-def load(folder: str | os.PathLike[str], model: nn.Module | None = None) -> Result:
+def load(folder: str | os.PathLike[str], model: Model | None = None) -> Result:
     """Loads a result that ``save`` or the command line wrote. Files are checked and no code in them is run.
 
     Args:

@@ -10,57 +10,20 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from commands import BOTH_INPUTS, BUDGET, FILES, INPUTS, METHODS, SOURCE, tdfx_command
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import tdfx
 from tdfx import cli, demo, saving
+from tdfx.cli import stages
 from tdfx.decompositions import registry
 from tdfx.errors import InputError
 from tdfx.loading import example_inputs, load_model
 
-SOURCE = """
-import torch
-from torch import nn
+ARGUMENTS = [*BOTH_INPUTS, *BUDGET, *METHODS]
 
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first = nn.Conv2d(4, 32, 3, padding=1)
-        self.second = nn.Conv2d(32, 32, 3, padding=1)
-        self.third = nn.Linear(32, 48)
-        self.table = nn.Embedding(2, 48)
-
-    def forward(self, x, ids):
-        x = self.second(self.first(x).relu()).relu().mean((2, 3))
-        return self.third(x) + self.table(ids).mean(1)
-
-def make():
-    torch.manual_seed(0)
-    return Net()
-
-def small(): return nn.Sequential(nn.Conv2d(4, 8, 3, bias=False))
-def fail(): raise ValueError("no such width")
-def interrupt(): raise KeyboardInterrupt
-"""
-FILES = ["model.onnx", "model.safetensors", "plan.json", "report.json", "structure.json"]
-INPUTS = ["2x4x8x8", "ids=2x3:int64"]
-ARGUMENTS = ["--input", INPUTS[0], "--input", INPUTS[1], "--budget", "params=60%", "--methods", "spatial_svd,svd"]
-
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    Path("net.py").write_text(SOURCE)
-    return tmp_path
-
-
-def tdfx_command(*arguments: str, code: int = 0) -> tuple[str, str]:
-    """Output and error text of a command run in this process."""
-    result = CliRunner().invoke(cli.app, list(arguments), prog_name="tdfx")
-    assert result.exit_code == code, f"{result.stdout}\n{result.stderr}\n{result.exception!r}"
-    return result.stdout, result.stderr
+pytestmark = pytest.mark.usefixtures("folder")
 
 
 def compress(*more: str, model: str = "net.py:make", out: str = "out", code: int = 0) -> tuple[str, str]:
@@ -107,7 +70,7 @@ def test_options_reach_compress(monkeypatch: pytest.MonkeyPatch) -> None:
     def called(model: object, args: object, kwargs: object, **options: object) -> None:
         raise Called(options)
 
-    monkeypatch.setattr(cli, "compress_model", called)
+    monkeypatch.setattr(stages, "compress_model", called)
     options = (
         "--include first --include second --exclude third --metric weight:scaled --planner other --target none "
         "--rank-multiple 2 --trainable --verify full --seed 3 --cache-dir c"
@@ -116,9 +79,9 @@ def test_options_reach_compress(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(Called) as caught:
         CliRunner().invoke(cli.app, arguments, catch_exceptions=False)
     assert caught.value.args[0] == {
-        "budget": tdfx.Budget.parse("params=60%"), "methods": ["spatial_svd", "svd"], "include": ["first", "second"],
-        "exclude": ["third"], "metric": "weight:scaled", "planner": "other", "target": None, "rank_multiple": 2,
-        "trainable": True, "verify": "full", "seed": 3, "cache_dir": Path("c"),
+        "budget": tdfx.Budget.parse("params=60%"), "ranks": None, "methods": ["spatial_svd", "svd"],
+        "include": ["first", "second"], "exclude": ["third"], "metric": "weight:scaled", "planner": "other",
+        "target": None, "rank_multiple": 2, "trainable": True, "verify": "full", "seed": 3, "cache_dir": Path("c"),
     }  # fmt: skip
 
 
@@ -220,6 +183,9 @@ def test_interrupt(folder: Path) -> None:
     [
         ["compress"],
         ["compress", "net.py:make", *ARGUMENTS],
+        ["compress", "net.py:make", *BOTH_INPUTS, "--out", "out"],
+        ["compress", "net.py:make", *ARGUMENTS, "--ranks", "vbmf", "--out", "out"],
+        ["compress", "net.py:make", *BUDGET, "--out", "out"],
         ["compress", "net.py:make", *ARGUMENTS, "--out", "out", "--verify", "some"],
         ["compress", "net.py:make", *ARGUMENTS, "--out", "out", "--opset", "9"],
         ["compress", "net.py:make", *ARGUMENTS, "--out", "out", "--seed", "-1"],
@@ -299,7 +265,7 @@ def test_the_unexpected_is_one_line_too(
     def fail(*_: object, **__: object) -> None:
         raise raised
 
-    monkeypatch.setattr(cli, "compress_model", fail)
+    monkeypatch.setattr(stages, "compress_model", fail)
     outcome = CliRunner().invoke(cli.app, ["compress", "net.py:make", *ARGUMENTS, "--out", "out"])
     assert outcome.exit_code == 1
     kind = type(raised).__name__

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from tdfx.errors import PlanError
 from tdfx.records.candidate import Candidate, format_rank
 from tdfx.records.cost import Cost
 from tdfx.records.layer import Skipped
-from tdfx.records.reading import parse, read
+from tdfx.records.reading import read_text
+from tdfx.records.writing import to_text
 from tdfx.tables import align, count, seconds
 
 VERSION = 1
@@ -88,13 +88,7 @@ class Plan:
 
     def to_json(self) -> str:
         """JSON text with one candidate a line; ``from_json`` gives an equal plan back."""
-        values = {"version": VERSION, **asdict(self)}
-        rows = {name: values.pop(name) for name in ("candidates", "skipped")}
-        text = json.dumps(values, indent=2, allow_nan=False)
-        for name, entries in rows.items():
-            body = ",\n".join(f"    {json.dumps(entry, allow_nan=False)}" for entry in entries)
-            text = f'{text[:-2]},\n  "{name}": [\n{body}\n  ]\n}}' if entries else f'{text[:-2]},\n  "{name}": []\n}}'
-        return text + "\n"
+        return to_text(self, VERSION, rows=("candidates", "skipped"))
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
@@ -103,8 +97,4 @@ class Plan:
         Raises:
             PlanError: naming the field that is missing, unknown or of the wrong type, the version, or the site.
         """
-        values = parse(text, "the plan")
-        version = values.pop("version", None)
-        if type(version) is not int or version != VERSION:
-            raise PlanError(f"the plan has version {version!r}; this tdfx reads version {VERSION}: make the plan anew")
-        return read(cls, values, "plan")
+        return read_text(cls, text, "plan", VERSION)

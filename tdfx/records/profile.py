@@ -1,4 +1,4 @@
-"""What planning needs to know of a model: sites, candidates with costs and errors, what stays; JSON that is readable."""
+"""What planning needs to know of a model: sites, candidates with costs and errors, and what stays; readable JSON."""
 
 from __future__ import annotations
 
@@ -92,16 +92,14 @@ class Profile:
                 site.kind,
                 " + ".join("x".join(map(str, layer.weight_shape)) for layer in site.layers),
                 self._choices(site.name),
-                count(sum(layer.params for layer in site.layers)),
-                count(least[site.name].params),
-                count(sum(layer.macs for layer in site.layers)),
-                count(least[site.name].macs),
+                *_from_to(sum(layer.params for layer in site.layers), least[site.name].params),
+                *_from_to(sum(layer.macs for layer in site.layers), least[site.name].macs),
             )
             for site in self.sites
         ]
         whole = sum(least.values(), start=self.rest)
-        totals = ("", "", "", count(self.before.params), count(whole.params), count(self.before.macs), count(whole.macs))
-        lines = [align(header, [*rows, ("whole model", *totals)], right=(3, 4, 5, 6, 7))]
+        params, macs = _from_to(self.before.params, whole.params), _from_to(self.before.macs, whole.macs)
+        lines = [align(header, [*rows, ("whole model", "", "", "", *params, *macs)], right=(3, 4, 5, 6, 7))]
         grid = "any rank" if self.rank_multiple == 1 else f"ranks in multiples of {self.rank_multiple}"
         given = "" if self.rank_rule is None else f"; ranks by {self.rank_rule}"
         latency = f"{self.latency_source} for {self.target}" if self.latency_source else "not estimated"
@@ -137,3 +135,7 @@ class Profile:
 def _least(costs: Sequence[Cost]) -> Cost:
     """The least of parameters and of MACs, each on its own."""
     return Cost(min(cost.params for cost in costs), min(cost.macs for cost in costs), 0)
+
+
+def _from_to(before: int, least: int) -> tuple[str, str]:
+    return count(before), count(least)

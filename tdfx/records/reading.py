@@ -31,6 +31,25 @@ def parse(text: str, what: str, error: type[TdfxError] = PlanError) -> dict[str,
     return values
 
 
+def read_text(record: type[T], text: str, name: str, version: int) -> T:
+    """A frozen dataclass from the JSON text that ``to_text`` wrote or a person edited.
+
+    Args:
+        record: the dataclass.
+        text: the JSON.
+        name: what it is called in messages, e.g. "plan".
+        version: the one that is understood.
+
+    Raises:
+        PlanError: naming the field that is missing, unknown or of the wrong type, or the version.
+    """
+    values = parse(text, f"the {name}")
+    found = values.pop("version", None)
+    if type(found) is not int or found != version:
+        raise PlanError(f"the {name} has version {found!r}; this tdfx reads version {version}: make the {name} anew")
+    return read(record, values, name)
+
+
 def read(record: type[T], values: object, where: str, error: type[TdfxError] = PlanError) -> T:
     """A frozen dataclass from a JSON object; records inside records, tuples, dictionaries and unions are read too.
 

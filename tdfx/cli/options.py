@@ -1,0 +1,50 @@
+"""Arguments and options that several commands share, each said once."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+from typer import Argument, Option
+
+from tdfx.onnx_export import LEAST_OPSET
+from tdfx.planner import planners
+from tdfx.records.plan import MOST_SEED
+
+
+class Verify(str, Enum):
+    """What is verified."""
+
+    PLAN = "plan"
+    FULL = "full"
+
+
+MODEL_HELP = "package.module:factory, file.py:factory, or a file.pt2 of torch.export.save."
+INPUT_HELP = (
+    "1x3x224x224, or input_ids=2x128:int64 for a keyword; one for each argument. A .pt2 file's own if left out."
+)
+BUDGET_HELP = 'For example "flops=50%" or "params=2M,flops=1.2G".'
+RANKS_HELP = "Instead of a budget: vbmf, energy=0.95, ratio=0.33 or compression=75%, with one method."
+CACHE_HELP = 'Keeps errors between runs; ~/.cache/tdfx if left out, "none" for no cache.'
+FIXED_HELP = "The ONNX file takes the inputs' batch size only; for models that compute with no other."
+
+Model = Annotated[str, Argument(metavar="MODEL", help=MODEL_HELP)]
+Inputs = Annotated[list[str] | None, Option("--input", metavar="[NAME=]SHAPE[:DTYPE]", help=INPUT_HELP)]
+Weights = Annotated[Path | None, Option(metavar="FILE", help="State dict, .pt or .safetensors.")]
+Budget = Annotated[str | None, Option(metavar="BUDGET", help=BUDGET_HELP)]
+Ranks = Annotated[str | None, Option(metavar="RULE", help=RANKS_HELP)]
+Methods = Annotated[str | None, Option(metavar="A,B", help="Methods to choose from; all if left out.")]
+Include = Annotated[list[str] | None, Option(metavar="GLOB", help="Only layers of such names.")]
+Exclude = Annotated[list[str] | None, Option(metavar="GLOB", help="No layers of such names.")]
+Metric = Annotated[str | None, Option(help="Of the errors: weight:relative if left out.")]
+Planner = Annotated[str, Option(help=f"What chooses methods and ranks: {' or '.join(planners())}.")]
+Target = Annotated[str, Option(help='Runtime the result is meant for, or "none".')]
+RankMultiple = Annotated[int | None, Option(help="Grid of ranks, 1: any; if left out the target's, or 1 with --ranks.")]
+Trainable = Annotated[bool, Option("--trainable", help="Keep BatchNorm and Dropout for fine-tuning.")]
+Verification = Annotated[Verify, Option(help="full: also every method at full rank on every layer.")]
+Seed = Annotated[int, Option(min=0, max=MOST_SEED, help="Of example inputs and decompositions.")]
+CacheDir = Annotated[str | None, Option(metavar="DIR", help=CACHE_HELP)]
+Opset = Annotated[int | None, Option(min=LEAST_OPSET, help="ONNX operator set; torch's if left out.")]
+FixedBatch = Annotated[bool, Option("--fixed-batch", help=FIXED_HELP)]
+Debug = Annotated[bool, Option("--debug", help="Show the traceback of an error.")]

@@ -1,0 +1,181 @@
+"""The commands that compress: all of it in one, or stage by stage with a file between each two."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tdfx.budget import Budget
+from tdfx.cli import options as given
+from tdfx.cli.listings import parity
+from tdfx.cli.options import Verify
+from tdfx.cli.support import (
+    cache_folder,
+    exit_codes,
+    model_and_inputs,
+    names,
+    read_record,
+    unless_none,
+    write_onnx,
+)
+from tdfx.files import replacing, write_text
+from tdfx.loading import draw_inputs, example_inputs, open_model
+from tdfx.records.plan import Plan
+from tdfx.records.profile import Profile
+from tdfx.saving import FILES, ONNX, load, output_folder
+from tdfx.stages.apply import apply as apply_plan
+from tdfx.stages.capture import capture
+from tdfx.stages.compress import compress as compress_model
+from tdfx.stages.plan import plan as make_plan
+from tdfx.stages.profile import profile as make_profile
+
+
+def compress(
+    model: given.Model,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for ONNX file, weights, plan and report.")],
+    inputs: given.Inputs = None,
+    weights: given.Weights = None,
+    budget: given.Budget = None,
+    ranks: given.Ranks = None,
+    methods: given.Methods = None,
+    include: given.Include = None,
+    exclude: given.Exclude = None,
+    metric: given.Metric = None,
+    planner: given.Planner = "knapsack",
+    target: given.Target = "ort-cpu",
+    rank_multiple: given.RankMultiple = None,
+    trainable: given.Trainable = False,
+    verify: given.Verification = Verify.PLAN,
+    seed: given.Seed = 0,
+    cache_dir: given.CacheDir = None,
+    opset: given.Opset = None,
+    fixed_batch: given.FixedBatch = False,
+    debug: given.Debug = False,
+) -> None:
+    """Compress a model to a budget and write it as a verified ONNX file."""
+    with exit_codes(debug):
+        if (budget is None) == (ranks is None):
+            raise typer.BadParameter("give exactly one of --budget and --ranks")
+        limits = None if budget is None else Budget.parse(budget)
+        with output_folder(out) as output:
+            network, args, kwargs = model_and_inputs(model, weights, inputs, seed)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", module=r"tdfx\.cli")  # the plan's notes, which the report prints
+                result = compress_model(
+                    network,
+                    args,
+                    kwargs,
+                    budget=limits,
+                    ranks=ranks,
+                    methods=names(methods),
+                    include=include or None,
+                    exclude=exclude or None,
+                    metric=metric,
+                    planner=planner,
+                    target=unless_none(target),
+                    rank_multiple=rank_multiple,
+                    trainable=trainable,
+                    verify=verify.value,
+                    seed=seed,
+                    cache_dir=cache_folder(cache_dir),
+                )
+            written = write_onnx(output, result, args, kwargs, opset, fixed_batch)
+        typer.echo(f"{result.report}\n\n{parity(written)}\n{_files(out, ONNX, *FILES)}; tdfx.load reads it")
+
+
+def profile(
+    model: given.Model,
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="Where it goes, as JSON.")],
+    inputs: given.Inputs = None,
+    weights: given.Weights = None,
+    ranks: given.Ranks = None,
+    methods: given.Methods = None,
+    include: given.Include = None,
+    exclude: given.Exclude = None,
+    metric: given.Metric = None,
+    target: given.Target = "ort-cpu",
+    rank_multiple: given.RankMultiple = None,
+    trainable: given.Trainable = False,
+    seed: given.Seed = 0,
+    cache_dir: given.CacheDir = None,
+    debug: given.Debug = False,
+) -> None:
+    """Find what can be compressed and what each choice costs and loses; the slow stage, kept in a cache."""
+    with exit_codes(debug), replacing(out) as staged:
+        network, args, kwargs = model_and_inputs(model, weights, inputs, seed)
+        found = make_profile(
+            capture(network, args, kwargs, trainable=trainable),
+            methods=names(methods),
+            ranks=ranks,
+            include=include or None,
+            exclude=exclude or None,
+            metric=metric,
+            target=unless_none(target),
+            rank_multiple=rank_multiple,
+            seed=seed,
+            cache_dir=cache_folder(cache_dir),
+        )
+        write_text(staged, found.to_json())
+        typer.echo(f"{found}\n\n{out}: profile; tdfx plan reads it")
+
+
+def plan(
+    file: Annotated[Path, typer.Argument(metavar="PROFILE.JSON", help="What tdfx profile wrote.")],
+    budget: given.Budget = None,
+    planner: given.Planner = "knapsack",
+    out: Annotated[Path | None, typer.Option("--out", "-o", metavar="FILE", help="Where it goes, as JSON.")] = None,
+    debug: given.Debug = False,
+) -> None:
+    """Choose a method and rank for every layer, within a budget or as the profile's rank rule says."""
+    with exit_codes(debug):
+        chosen = make_plan(read_record(Profile, file), budget, planner=planner)
+        if out is not None:
+            write_text(out, chosen.to_json())
+        typer.echo(str(chosen) if out is None else f"{chosen}\n\n{out}: plan; tdfx apply reads it")
+
+
+def apply(
+    model: given.Model,
+    file: Annotated[Path, typer.Argument(metavar="PLAN.JSON", help="What tdfx plan wrote; it may be edited.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for weights, structure, plan and report.")],
+    inputs: given.Inputs = None,
+    weights: given.Weights = None,
+    verify: given.Verification = Verify.PLAN,
+    debug: given.Debug = False,
+) -> None:
+    """Carry a plan out on a model and save the result."""
+    with exit_codes(debug):
+        chosen = read_record(Plan, file)
+        with output_folder(out, FILES) as output:
+            network, args, kwargs = model_and_inputs(model, weights, inputs, chosen.seed)
+            result = apply_plan(network, args, chosen, example_kwargs=kwargs, verify=verify.value)
+            output.save_result(result)
+        typer.echo(f"{result.report}\n\n{_files(out, *FILES)}; tdfx.load and tdfx export read it")
+        if (out / ONNX).exists():
+            typer.echo(f"note: {out / ONNX} was there before; tdfx export {out} writes it anew")
+
+
+def export(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="What tdfx apply or tdfx.save wrote.")],
+    inputs: given.Inputs = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="What was compressed; for results saved without structure.")
+    ] = None,
+    opset: given.Opset = None,
+    fixed_batch: given.FixedBatch = False,
+    debug: given.Debug = False,
+) -> None:
+    """Write a saved result as a verified ONNX file, into its folder."""
+    with exit_codes(debug):
+        result = load(folder, None if model is None else open_model(model))
+        args, kwargs = example_inputs(inputs) if inputs else draw_inputs(result.report.inputs)
+        with output_folder(folder) as output:
+            written = write_onnx(output, result, args, kwargs, opset, fixed_batch)
+        typer.echo(f"{parity(written)}\n{_files(folder, ONNX)}")
+
+
+def _files(folder: Path, *files: str) -> str:
+    return f"{folder}: {', '.join(files)}"

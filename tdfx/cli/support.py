@@ -1,0 +1,137 @@
+"""What the commands have in common: exit codes, reading what the options name, writing the ONNX file."""
+
+from __future__ import annotations
+
+import os
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar, cast
+
+import typer
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from tdfx.cache import user_cache
+from tdfx.errors import InputError, PlanError, TdfxError
+from tdfx.loading import example_inputs, is_program, open_model, program_inputs
+from tdfx.onnx_export import ExportReport, export_onnx
+from tdfx.records.plan import Plan
+from tdfx.records.profile import Profile
+from tdfx.records.result import Report, Result
+from tdfx.saving import ONNX, Output
+
+NONE = "none"
+Record = TypeVar("Record", bound=Plan | Profile | Report)
+
+
+@contextmanager
+def exit_codes(debug: bool) -> Iterator[None]:
+    """Turns errors into one message on standard error and the process's exit code."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo("interrupted", err=True)
+        raise typer.Exit(130) from None
+    except (typer.Exit, typer.BadParameter):
+        raise
+    except (Exception, SystemExit) as error:  # SystemExit: a model may call sys.exit
+        if debug:
+            traceback.print_exc()
+        elif isinstance(error, TdfxError):
+            typer.echo(f"error: {error}", err=True)
+        else:
+            first = next(iter(str(error).splitlines()), "")
+            typer.echo(f"error: unexpected {type(error).__name__}: {first}; --debug shows where", err=True)
+        raise typer.Exit(1) from None
+
+
+def model_and_inputs(
+    model: str, weights: Path | None, inputs: Sequence[str] | None, seed: int
+) -> tuple[nn.Module | ExportedProgram, tuple[Tensor, ...], dict[str, Tensor]]:
+    """The model of this name, and example inputs for it: as asked for, or those of an exported program.
+
+    Raises:
+        BadParameter: a model without inputs that is no exported program.
+        InputError: as for ``open_model`` and ``example_inputs``.
+    """
+    if not inputs and not is_program(model):
+        raise typer.BadParameter(
+            f"give the shapes that {model} takes; only .pt2 files know theirs", param_hint="--input"
+        )
+    args, kwargs = example_inputs(inputs or (), seed)
+    network = open_model(model, weights)
+    if not inputs and isinstance(network, ExportedProgram):
+        args, kwargs = program_inputs(network)
+    return network, args, kwargs
+
+
+def names(methods: str | None) -> list[str] | None:
+    """Names joined by commas, None as it is."""
+    return None if methods is None else [name.strip() for name in methods.split(",")]
+
+
+def unless_none(target: str) -> str | None:
+    """None for the word."""
+    return None if target == NONE else target
+
+
+def cache_folder(cache_dir: str | None) -> Path | None:
+    """The folder asked for, None for the word; the user's own if there is none, and if it can be written."""
+    if cache_dir is not None:
+        return None if cache_dir == NONE else Path(cache_dir)
+    folder = user_cache()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return None
+    return folder if os.access(folder, os.W_OK) else None
+
+
+def read_file(path: Path) -> str:
+    """The text of a file.
+
+    Raises:
+        InputError: it cannot be read, or is no text.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is no text: {error}") from error
+
+
+def read_record(record: type[Record], path: Path) -> Record:
+    """The plan, profile or report in a file.
+
+    Raises:
+        InputError: the file cannot be read.
+        PlanError: it holds something else; names the field.
+    """
+    try:
+        return cast(Record, record.from_json(read_file(path)))
+    except PlanError as error:
+        raise PlanError(f"{path}: {error}") from error
+
+
+def write_onnx(
+    output: Output,
+    result: Result,
+    args: Sequence[Tensor],
+    kwargs: Mapping[str, Tensor],
+    opset: int | None,
+    fixed_batch: bool,
+) -> ExportReport:
+    """Writes all files of a result, the network as ``model.onnx`` among them.
+
+    Raises:
+        ExportError, InputError, VerificationError: as for ``export_onnx``.
+    """
+    dynamic = None if fixed_batch else "batch"
+    export = export_onnx(result.module, output.stage(ONNX), args, kwargs, dynamic=dynamic, opset=opset)
+    export = replace(export, path=str(output.folder / ONNX))
+    output.save_result(result, export)
+    return export
