@@ -44,37 +44,45 @@ def export_trace(
     Raises:
         CaptureError: torch.export does not take the model.
     """
-    batch = next((value.shape[0] for value in (*args, *kwargs.values()) if value.dim()), 0)
-    try:
-        return operators(_export(model, args, kwargs, batch)), ()
-    except Exception as error:
-        failure = error
-    try:
-        graph_module = operators(_export(model, args, kwargs, None))
-    except Exception as error:
-        raise CaptureError(f"{type(model).__name__} cannot be captured by torch.export ({reason(error)})") from error
-    return graph_module, (f"the batch size is fixed: with a free one torch.export says {reason(failure)}",)
+    values = (*args, *kwargs.values())
+    first = next((index for index, value in enumerate(values) if value.dim()), 0)
+    batch = values[first].shape[0] if values and values[first].dim() else None
+    alike = frozenset(index for index, value in enumerate(values) if value.dim() and value.shape[0] == batch)
+    failures = []
+    # Another input may have the batch's size by chance.
+    for free in dict.fromkeys((alike, alike & {first}, frozenset[int]())):
+        try:
+            graph_module = operators(_export(model, args, kwargs, free))
+        except Exception as error:
+            failures.append(error)
+            continue
+        if free or not failures:
+            return graph_module, ()
+        return graph_module, (f"the batch size is fixed: with a free one torch.export says {reason(failures[0])}",)
+    raise CaptureError(
+        f"{type(model).__name__} cannot be captured by torch.export ({reason(failures[-1])})"
+    ) from failures[-1]
 
 
 def _export(
-    model: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor], batch: int | None
+    model: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor], free: frozenset[int]
 ) -> ExportedProgram:
     containment = plain_attention(), _unread_masks(), quiet(), torch.random.fork_rng(devices=[])
     with ExitStack() as stack:
         for context in (torch.no_grad(), *containment, _KeptInputs()):
             stack.enter_context(context)
         # Marks, since torch.export cannot match a structure of dynamic shapes to a forward that hides its arguments.
-        copies = tuple(_marked(value, batch) for value in args)
-        named = {name: _marked(value, batch) for name, value in kwargs.items()}
-        return torch.export.export(model, copies, named, strict=False)
+        copies = [_marked(value, index in free) for index, value in enumerate((*args, *kwargs.values()))]
+        positional, named = tuple(copies[: len(args)]), dict(zip(kwargs, copies[len(args) :], strict=True))
+        return torch.export.export(model, positional, named, strict=False)
 
 
-def _marked(value: Tensor, batch: int | None) -> Tensor:
-    """A copy, whose first dimension is marked as free if it is the batch."""
-    if batch is None or value.dim() == 0 or value.shape[0] != batch:
+def _marked(value: Tensor, free: bool) -> Tensor:
+    """A copy, whose first dimension is marked as one that may be of any size."""
+    if not free:
         return value.clone()
     # torch.export takes a dimension of 1 for fixed.
-    copied = value.repeat(2, *[1] * (value.dim() - 1)) if batch == 1 else value.clone()
+    copied = value.repeat(2, *[1] * (value.dim() - 1)) if value.shape[0] == 1 else value.clone()
     torch._dynamo.mark_dynamic(copied, 0)
     return copied
 

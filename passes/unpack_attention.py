@@ -15,9 +15,11 @@ from torch import Tensor, nn
 
 from tdfx.passes.base import set_submodule
 
+Copies = dict[tuple[int, tuple[int, ...]], nn.Parameter]
+
 
 def unpack_attention(model: nn.Module, *, trainable: bool = False) -> nn.Module:
-    """The model with its attention unpacked; it shares all other parameters and buffers with the one given.
+    """The model with its attention unpacked; it shares what is not cut in pieces with the one given.
 
     Attention with ``add_bias_kv`` or ``add_zero_attn`` stays as it is.
 
@@ -29,11 +31,14 @@ def unpack_attention(model: nn.Module, *, trainable: bool = False) -> nn.Module:
         return model
     tensors = [*model.parameters(), *model.buffers()]
     unpacked = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
-    for name, module in [*unpacked.named_modules()]:
+    made: dict[int, Attention] = {}
+    copies: Copies = {}
+    for name, module in [*unpacked.named_modules(remove_duplicate=False)]:
         if isinstance(module, nn.TransformerEncoder):
             module.use_nested_tensor = False  # its fast path, which reads packed weights
         if _is_packed(module):
-            attention = Attention(module, trainable)
+            attention = made.get(id(module)) or Attention(module, trainable, copies)
+            made[id(module)] = attention
             if not name:
                 return attention
             set_submodule(unpacked, name, attention)
@@ -54,7 +59,7 @@ class Attention(nn.Module):
 
     in_proj_bias = None  # keeps nn.TransformerEncoderLayer off its fast path
 
-    def __init__(self, packed: nn.MultiheadAttention, trainable: bool) -> None:
+    def __init__(self, packed: nn.MultiheadAttention, trainable: bool, copies: Copies) -> None:
         super().__init__()
         self.embed_dim = packed.embed_dim
         self.num_heads = packed.num_heads
@@ -65,8 +70,9 @@ class Attention(nn.Module):
             else (packed.q_proj_weight, packed.k_proj_weight, packed.v_proj_weight)
         )
         biases = (None,) * 3 if packed.in_proj_bias is None else packed.in_proj_bias.chunk(3)
-        self.q_proj, self.k_proj, self.v_proj = map(_linear, weights, biases)
-        self.out_proj = _linear(packed.out_proj.weight, packed.out_proj.bias)
+        layers = [_linear(*pair, copies) for pair in zip(weights, biases, strict=True)]
+        self.q_proj, self.k_proj, self.v_proj = layers
+        self.out_proj = _linear(packed.out_proj.weight, packed.out_proj.bias, copies)
         self.dropout = nn.Dropout(packed.dropout) if trainable and packed.dropout else None
         self.train(packed.training)
 
@@ -114,12 +120,22 @@ class Attention(nn.Module):
         return padding if mask is None else padding + mask
 
 
-def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+def _linear(weight: Tensor, bias: Tensor | None, copies: Copies) -> nn.Linear:
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
-    layer.weight = nn.Parameter(weight.detach().clone(), weight.requires_grad)
+    layer.weight = _parameter(weight, copies)
     if bias is not None:
-        layer.bias = nn.Parameter(bias.detach().clone(), bias.requires_grad)
+        layer.bias = _parameter(bias, copies)
     return layer
+
+
+def _parameter(value: Tensor, copies: Copies) -> nn.Parameter:
+    """A parameter itself, or one with the values of a part of it: the same for the same part, so that ties stay."""
+    if isinstance(value, nn.Parameter):
+        return value
+    key = (value.data_ptr(), tuple(value.shape))
+    if key not in copies:
+        copies[key] = nn.Parameter(value.detach().clone(), value.requires_grad)
+    return copies[key]
 
 
 def _additive(mask: Tensor, q: Tensor) -> Tensor:

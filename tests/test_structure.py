@@ -554,3 +554,15 @@ def test_outputs_by_name_come_back_as_a_dictionary() -> None:
     found = decoded(x)
     assert found.keys() == {"scores", "hidden"}
     torch.testing.assert_close(found["scores"], module(x).scores, rtol=0, atol=0)
+
+
+def test_methods_and_operators_that_trust_their_arguments_are_refused() -> None:
+    assert "new" not in methods()
+    names = (
+        "aten.sparse_coo_tensor.indices_size", "aten._sparse_coo_tensor_unsafe.default", "torch.sparse_coo_tensor",
+        "torch.fbgemm_linear_int8_weight", "torch.quantized_lstm_cell", "aten.lstm.data",
+        "aten.linalg_lu_solve.default",
+    )  # fmt: skip
+    for name in names:
+        with pytest.raises(InputError, match="is no function of torch that computes with tensors"):
+            find_function(name)

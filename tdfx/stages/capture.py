@@ -313,7 +313,7 @@ def _train_notes(original: nn.Module, traced: fx.GraphModule) -> tuple[str, ...]
     for name, module in original.named_modules():
         is_own = not type(module).__module__.startswith("torch.")
         code = getattr(type(module).forward, "__code__", None)
-        inside = any(f"{name}.".startswith(f"{leaf}.") or leaf.startswith(f"{name}.dropout_") for leaf in called)
+        inside = any(f"{name}.".startswith(f"{leaf}.") or leaf.startswith(_join(name, "dropout_")) for leaf in called)
         if is_own and not inside and code is not None and "training" in code.co_names:
             notes.append(
                 f"{name or type(module).__name__}: forward asks for self.training; the result computes there as in "

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import is_dataclass
 from functools import cache
@@ -32,7 +33,7 @@ _FACTORIES = (
 )
 _PYTHON = "hardsigmoid hardswish sigmoid softmin tanh upsample upsample_bilinear upsample_nearest"
 _MATH = "ceil floor sqrt trunc"
-_METHODS = "new new_empty new_full new_ones new_tensor new_zeros sigmoid stride tanh unflatten"
+_METHODS = "new_empty new_full new_ones new_tensor new_zeros sigmoid stride tanh unflatten"
 _NO_METHODS = (
     "apply_ backward const_data_ptr data_ptr is_set_to map_ map2_ module_load numpy pin_memory record_stream "
     "register_hook register_post_accumulate_grad_hook resize resize_ resize_as resize_as_ resize_as_sparse_ "
@@ -48,6 +49,10 @@ _ATEN = (
     "_assert_scalar _assert_tensor_metadata _cdist_forward _log_softmax _native_batch_norm_legit "
     "_native_batch_norm_legit_no_training _safe_softmax _scaled_dot_product_flash_attention_for_cpu _softmax "
     "_to_copy _unsafe_view _weight_norm"
+)
+# Functions that trust indices or packed data in their arguments, and could be led outside of a tensor by them.
+_TRUSTING = re.compile(
+    "sparse|quantiz|fbgemm|mkldnn|cudnn|miopen|nested|jagged|packed|segment_reduce|lu_solve|lu_unpack|ldl_solve|ormqr|q_per"
 )
 DICT = "builtins.dict"
 _NO_ATEN = "data from_file rename rename_ set_data tofile"
@@ -89,7 +94,7 @@ def find_function(name: object) -> Callable[..., Any]:
     if found is not None:
         return found
     parts = name.split(".") if isinstance(name, str) else []
-    if len(parts) == 3 and parts[0] == "aten" and _is_aten(parts[1]):
+    if len(parts) == 3 and parts[0] == "aten" and _is_aten(parts[1]) and parts[2] != "data":
         overload = getattr(getattr(torch.ops.aten, parts[1], None), parts[2], None)
         if isinstance(overload, torch._ops.OpOverload):
             return overload
@@ -101,7 +106,8 @@ def methods() -> frozenset[str]:
     """Names of the methods of tensors that may be called."""
     names = {getattr(method, "__name__", "_") for method in get_overridable_functions()[torch.Tensor]}
     names = {name for name in names if not name.startswith("_") and callable(getattr(torch.Tensor, name, None))}
-    return frozenset((names | set(_METHODS.split())) - set(_NO_METHODS.split()))
+    names = {name for name in names if not _TRUSTING.search(name)}
+    return frozenset((names | set(_METHODS.split())) - {"new", *_NO_METHODS.split()})
 
 
 @cache
@@ -112,6 +118,8 @@ def attributes() -> frozenset[str]:
 
 
 def _is_aten(name: str) -> bool:
+    if _TRUSTING.search(name):
+        return False
     if name.startswith("_"):
         return name in _ATEN.split()
     return name not in _NO_ATEN.split() and not name.startswith(("resize", "set_", "sparse_resize", "record_stream"))
@@ -128,7 +136,7 @@ def _functions() -> dict[str, Callable[..., Any]]:
         public = {name: value for name, value in vars(namespace).items() if name[0] != "_" and callable(value)}
         for name, value in public.items():
             out_of_place = public.get(name.removesuffix("_"))  # those that write into their argument are not listed
-            if id(out_of_place) in known and not isinstance(value, type):
+            if id(out_of_place) in known and not isinstance(value, type) and not _TRUSTING.search(name):
                 named.setdefault(f"{namespace.__name__}.{name}", value)
     return named
 

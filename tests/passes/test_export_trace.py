@@ -324,3 +324,24 @@ def test_a_program_that_takes_containers_is_refused() -> None:
 
     with pytest.raises(CaptureError, match="the exported program takes 2 values as 1 arguments; expected tensors"):
         operators(torch.export.export(Listed(), ([X, X],), strict=False))
+
+
+class Positions(nn.Module):
+    """A batch and a table with as many rows as it, by chance."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor, table: Tensor) -> Tensor:
+        result: Tensor = self.linear(x + table)
+        return result
+
+
+def test_another_input_of_the_batchs_size_does_not_fix_it() -> None:
+    model = Positions().eval()
+    table = torch.randn(5, 6)
+    graph_module, notes = export_trace(model, (torch.randn(5, 5, 6), table), {})
+    assert notes == ()
+    x = torch.randn(3, 5, 6)
+    torch.testing.assert_close(graph_module(x, table), model(x, table), rtol=0, atol=0)

@@ -203,9 +203,11 @@ def test_the_model_given_is_untouched_and_other_parameters_are_shared() -> None:
     torch.testing.assert_close(model.state_dict(), state, rtol=0, atol=0)
     assert found.get_parameter("before.weight") is model.before.weight
     assert found.get_buffer("norm.running_mean") is model.norm.running_mean
+    assert found.get_parameter("attention.out_proj.weight") is model.attention.out_proj.weight
     with torch.no_grad():
-        for parameter in found.get_submodule("attention").parameters():
-            parameter.zero_()
+        for part in "qkv":
+            for parameter in found.get_submodule(f"attention.{part}_proj").parameters():
+                parameter.zero_()
     torch.testing.assert_close(model.state_dict(), state, rtol=0, atol=0)
 
 
@@ -252,3 +254,29 @@ def test_an_encoder_runs_with_torchs_fast_path_allowed(nested: bool) -> None:
         found = unpack_attention(model)(x, src_key_padding_mask=mask)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     assert model.use_nested_tensor == nested
+
+
+class Twice(nn.Module):
+    """One attention under two names, or two with one packed weight. Input (batch, length, 8)."""
+
+    def __init__(self, tied: str) -> None:
+        super().__init__()
+        self.one = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.other = self.one if tied == "module" else nn.MultiheadAttention(8, 2, batch_first=True)
+        self.other.in_proj_weight = self.one.in_proj_weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.one(x, x, x)[0]
+        result: Tensor = self.other(x, x, x)[0]
+        return result
+
+
+@pytest.mark.parametrize("tied", ["module", "weight"])
+def test_what_is_shared_stays_shared(tied: str) -> None:
+    model, x = Twice(tied).eval(), torch.randn(2, 5, 8)
+    unpacked = unpack_attention(model)
+    assert isinstance(unpacked, Twice)
+    assert (unpacked.one is unpacked.other) == (tied == "module")
+    assert unpacked.one.q_proj.weight is unpacked.other.q_proj.weight
+    assert sum(p.numel() for p in unpacked.parameters()) == sum(p.numel() for p in model.parameters())
+    torch.testing.assert_close(unpacked(x), model(x), rtol=1e-5, atol=1e-6)
