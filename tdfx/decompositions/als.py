@@ -55,8 +55,8 @@ def exact(tensor: Tensor) -> Factors:
     return tuple(factors)
 
 
-def alternate(tensor: Tensor, rank: int, seed: int) -> Factors:
-    """CP factors of a float64 tensor (out, in, *kernel) by ridge-regularised, extrapolated ALS."""
+def alternate(tensor: Tensor, rank: int, seed: int, most: int = SWEEPS) -> Factors:
+    """CP factors of a float64 tensor (out, in, *kernel) by ridge-regularised, extrapolated ALS; ``most`` sweeps."""
     scale = torch.linalg.vector_norm(tensor)
     if scale == 0:
         return tuple(torch.zeros(n, rank, dtype=tensor.dtype) for n in tensor.shape)
@@ -66,7 +66,7 @@ def alternate(tensor: Tensor, rank: int, seed: int) -> Factors:
     current = _initial(tensor, rank, seed)
     best, best_error, step = current, math.inf, STEP
     history: list[float] = []
-    for _ in range(sweeps(tensor.shape, rank)):
+    for _ in range(min(most, sweeps(tensor.shape, rank))):
         updated, error = _sweep(single, current)
         if error > best_error:
             if current is best:

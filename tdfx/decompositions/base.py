@@ -13,7 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from tdfx.decompositions.chain import build_layer
+from tdfx.decompositions.metric import Metric
+from tdfx.decompositions.refine import along, refine
 from tdfx.records.layer import LayerSpec, Rank, Site
+
+POLISH = 300  # steps of refinement for what is built
 
 Factors = tuple[Tensor, ...]
 
@@ -29,12 +33,14 @@ class Decomposition(ABC):
         summary: one line for ``tdfx methods``: what is replaced by what.
         source: paper, section and equation.
         max_ranks: the most ranks offered for one site.
+        steps: of refinement in a metric, to compare candidates.
     """
 
     name: ClassVar[str]
     summary: ClassVar[str]
     source: ClassVar[str]
     max_ranks: ClassVar[int] = 24
+    steps: ClassVar[int] = 10
 
     @abstractmethod
     def unsupported(self, site: Site) -> str | None:
@@ -50,11 +56,43 @@ class Decomposition(ABC):
 
     @abstractmethod
     def decompose(self, weight: Tensor, rank: Rank, *, seed: int = 0) -> Factors:
-        """Factors of a float64 weight at this rank, one weight per layer of ``chain``."""
+        """Factors of a float64 weight at this rank, one weight per layer of ``chain``; near in the Frobenius norm."""
 
     @abstractmethod
+    def filters(self, factors: Sequence[Tensor]) -> Tensor:
+        """Filters (q, in, *kernel) made by all factors but the last, which mixes them; only its shape counts here."""
+
     def reconstruct(self, factors: Sequence[Tensor]) -> Tensor:
         """The weight that the chain with these factors computes with, in the layer's layout."""
+        filters = self.filters(factors)
+        return (factors[-1].flatten(1) @ filters.flatten(1)).reshape(-1, *filters.shape[1:])
+
+    def solve(
+        self, weight: Tensor, rank: Rank, metric: Metric | None, *, seed: int = 0, steps: int = POLISH
+    ) -> Factors:
+        """Factors near in a metric, None for the Frobenius norm; ``steps`` of refinement at most.
+
+        Here: those of the weight with outputs and input channels made white, refined.
+        """
+        if metric is None:
+            return self.decompose(weight, rank, seed=seed)
+        root, inverse = metric.channel_roots(weight.shape[1])
+        white = along(weight, 1, root)
+        if metric.out_roots is not None:
+            white = along(white, 0, metric.out_roots[0])
+        first, *middle, last = self.start(white, rank, seed=seed)
+        if metric.out_roots is not None:
+            last = along(last, 0, metric.out_roots[1])
+        start = (along(first, 1, inverse), *middle, last)
+        return self.balanced(refine(self.filters, weight, start, metric, steps))
+
+    def start(self, weight: Tensor, rank: Rank, *, seed: int) -> Factors:
+        """Factors to refine from; near, if need not be as near as those of ``decompose``."""
+        return self.decompose(weight, rank, seed=seed)
+
+    def balanced(self, factors: Factors) -> Factors:
+        """The same weight from factors of equal norms, which keeps their ranges alike for quantization."""
+        return balance(factors)
 
     def ranks(self, site: Site, multiple: int = 1) -> tuple[Rank, ...]:
         """Ranks worth offering, ascending: multiples of ``multiple`` that cost less than the dense layer."""
@@ -71,12 +109,12 @@ class Decomposition(ABC):
         ranks = dict.fromkeys(tuple(min(power, most) for most in full) for power in powers)
         return tuple(rank for rank in ranks if self.saves(site, rank))
 
-    def errors(self, weight: Tensor, ranks: Sequence[Rank], *, seed: int = 0) -> list[float]:
-        """Norms ||W - W~||_F of what ``decompose`` leaves at each rank; float64 weight in its own units."""
-        return [
-            float(torch.linalg.vector_norm(weight - self.reconstruct(self.decompose(weight, rank, seed=seed))))
-            for rank in ranks
-        ]
+    def errors(
+        self, weight: Tensor, ranks: Sequence[Rank], metric: Metric | None = None, *, seed: int = 0
+    ) -> list[float]:
+        """Norms of what ``solve`` leaves at each rank, in the metric, after ``steps``; float64 weight."""
+        found = (self.solve(weight, rank, metric, seed=seed, steps=self.steps) for rank in ranks)
+        return [norm_in(metric, weight - self.reconstruct(factors)) for factors in found]
 
     def shortlist(self, site: Site, weight: Tensor, ranks: Sequence[Rank]) -> tuple[Rank, ...]:
         """The ranks whose errors are worth computing for this weight."""
@@ -146,3 +184,8 @@ def balance(factors: Sequence[Tensor]) -> Factors:
         return tuple(factors)
     mean = math.exp(sum(map(math.log, norms)) / len(norms))
     return tuple(factor * (mean / norm) for factor, norm in zip(factors, norms, strict=True))
+
+
+def norm_in(metric: Metric | None, difference: Tensor) -> float:
+    """Norm of a difference of weights in a metric, None for the Frobenius norm."""
+    return float(torch.linalg.vector_norm(difference)) if metric is None else metric.norm(difference)

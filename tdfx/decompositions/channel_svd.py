@@ -13,9 +13,10 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from tdfx.decompositions.base import Decomposition, Factors
+from tdfx.decompositions.base import POLISH, Decomposition, Factors
 from tdfx.decompositions.chain import link, pointwise, spatial
-from tdfx.decompositions.spectrum import tail_norms, thin_svd
+from tdfx.decompositions.metric import Metric, metric_svd
+from tdfx.decompositions.spectrum import tail_norms
 from tdfx.records.layer import LayerSpec, Rank, Site
 
 
@@ -43,18 +44,23 @@ class ChannelSVD(Decomposition):
         )
 
     def decompose(self, weight: Tensor, rank: Rank, *, seed: int = 0) -> Factors:
-        (r,) = rank
-        u, s, vt = thin_svd(weight.flatten(1))
-        root = s[:r].sqrt()
-        ones = (1,) * (weight.dim() - 2)
-        return (root[:, None] * vt[:r]).reshape(r, *weight.shape[1:]), (u[:, :r] * root).reshape(-1, r, *ones)
+        return self.solve(weight, rank, None)
 
-    def reconstruct(self, factors: Sequence[Tensor]) -> Tensor:
-        filters, expand = factors
-        return (expand.flatten(1) @ filters.flatten(1)).reshape(-1, *filters.shape[1:])
+    def solve(
+        self, weight: Tensor, rank: Rank, metric: Metric | None, *, seed: int = 0, steps: int = POLISH
+    ) -> Factors:
+        (r,) = rank
+        ones = (1,) * (weight.dim() - 2)
+        left, right, _ = metric_svd(weight.flatten(1), metric)
+        return right[:r].reshape(r, *weight.shape[1:]), left[:, :r].reshape(-1, r, *ones)
+
+    def filters(self, factors: Sequence[Tensor]) -> Tensor:
+        return factors[0]
 
     def unfoldings(self, weight: Tensor) -> tuple[Tensor, ...]:
         return (weight.flatten(1),)
 
-    def errors(self, weight: Tensor, ranks: Sequence[Rank], *, seed: int = 0) -> list[float]:
-        return tail_norms(thin_svd(weight.flatten(1))[1], [r for (r,) in ranks])
+    def errors(
+        self, weight: Tensor, ranks: Sequence[Rank], metric: Metric | None = None, *, seed: int = 0
+    ) -> list[float]:
+        return tail_norms(metric_svd(weight.flatten(1), metric)[2], [r for (r,) in ranks])

@@ -12,16 +12,16 @@ import math
 from bisect import bisect_left
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from tdfx.decompositions.als import alternate, balance_components, exact, exact_rank, flops
+from tdfx.decompositions.als import SWEEPS, alternate, balance_components, exact, exact_rank, flops
 from tdfx.decompositions.base import Decomposition, Factors
 from tdfx.decompositions.chain import link, pointwise, spatial
 from tdfx.records.layer import LayerSpec, Rank, Site
 
 MEMORY = 2**31  # bytes of the largest intermediate, kernel x channels x rank in float32
 SWEEP_FLOPS = 6e9  # of the costliest sweep
+START_SWEEPS = 16  # before refinement, which ends lower from there than from where alternation has converged
 
 
 class CP(Decomposition):
@@ -30,6 +30,7 @@ class CP(Decomposition):
     name = "cp"
     summary = "k x k conv -> 1 x 1, depthwise k x k, 1 x 1"
     source = "Lebedev et al. 2015, sec. 3; Kolda & Bader 2009, sec. 3.4"
+    steps = 20
     max_ranks = 10
 
     def unsupported(self, site: Site) -> str | None:
@@ -57,16 +58,28 @@ class CP(Decomposition):
         )
 
     def decompose(self, weight: Tensor, rank: Rank, *, seed: int = 0) -> Factors:
+        return self._alternate(weight, rank, seed, SWEEPS)
+
+    def start(self, weight: Tensor, rank: Rank, *, seed: int) -> Factors:
+        return self._alternate(weight, rank, seed, START_SWEEPS)
+
+    def _alternate(self, weight: Tensor, rank: Rank, seed: int, sweeps: int) -> Factors:
         (r,) = rank
         tensor = weight.flatten(2)
-        factors = exact(tensor) if r == exact_rank(tensor.shape) else alternate(tensor, r, seed)
+        factors = exact(tensor) if r == exact_rank(tensor.shape) else alternate(tensor, r, seed, sweeps)
         a, b, c = balance_components(factors)
         ones = (1,) * (weight.dim() - 2)
         return b.T.reshape(r, -1, *ones), c.T.reshape(r, 1, *weight.shape[2:]), a.reshape(-1, r, *ones)
 
-    def reconstruct(self, factors: Sequence[Tensor]) -> Tensor:
+    def filters(self, factors: Sequence[Tensor]) -> Tensor:
+        reduce, depthwise, _ = factors
+        return reduce * depthwise  # (R, in, 1, 1) and (R, 1, k, k) broadcast to (R, in, k, k)
+
+    def balanced(self, factors: Factors) -> Factors:
         reduce, depthwise, expand = factors
-        return torch.einsum("or,r...,ri->oi...", expand.flatten(1), depthwise.squeeze(1), reduce.flatten(1))
+        components = balance_components((expand.flatten(1), reduce.flatten(1).T, depthwise.flatten(1).T))
+        a, b, c = (factor.T for factor in components)
+        return b.reshape(reduce.shape), c.reshape(depthwise.shape), a.T.reshape(expand.shape)
 
 
 def affordable_ranks(method: Decomposition, site: Site, multiple: int) -> tuple[Rank, ...]:

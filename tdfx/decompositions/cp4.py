@@ -10,14 +10,15 @@ Sources: Lebedev et al. 2015, section 3, equation 5; ``als`` for the algorithm.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
+from operator import mul
 
-import torch
 from torch import Tensor
 
-from tdfx.decompositions.als import alternate, balance_components, exact, exact_rank
+from tdfx.decompositions.als import SWEEPS, alternate, balance_components, exact, exact_rank
 from tdfx.decompositions.base import Decomposition, Factors
 from tdfx.decompositions.chain import along_each, link, pointwise
-from tdfx.decompositions.cp import affordable_ranks
+from tdfx.decompositions.cp import START_SWEEPS, affordable_ranks
 from tdfx.records.layer import LayerSpec, Rank, Site
 
 
@@ -27,6 +28,7 @@ class CP4(Decomposition):
     name = "cp4"
     summary = "k x k conv -> 1 x 1, depthwise k x 1, depthwise 1 x k, 1 x 1"
     source = "Lebedev et al. 2015, eq. 5"
+    steps = 20
     max_ranks = 6
 
     def unsupported(self, site: Site) -> str | None:
@@ -54,8 +56,14 @@ class CP4(Decomposition):
         )
 
     def decompose(self, weight: Tensor, rank: Rank, *, seed: int = 0) -> Factors:
+        return self._alternate(weight, rank, seed, SWEEPS)
+
+    def start(self, weight: Tensor, rank: Rank, *, seed: int) -> Factors:
+        return self._alternate(weight, rank, seed, START_SWEEPS)
+
+    def _alternate(self, weight: Tensor, rank: Rank, seed: int, sweeps: int) -> Factors:
         (r,) = rank
-        factors = exact(weight) if r == exact_rank(weight.shape) else alternate(weight, r, seed)
+        factors = exact(weight) if r == exact_rank(weight.shape) else alternate(weight, r, seed, sweeps)
         a, b, *kernel = balance_components(factors)
         dims = weight.dim() - 2
         ones = (1,) * dims
@@ -65,9 +73,12 @@ class CP4(Decomposition):
         )
         return b.T.reshape(r, -1, *ones), *depthwise, a.reshape(-1, r, *ones)
 
-    def reconstruct(self, factors: Sequence[Tensor]) -> Tensor:
-        reduce, *depthwise, expand = factors
-        kernel = depthwise[0]
-        for factor in depthwise[1:]:
-            kernel = kernel * factor  # (R, 1, k, 1) and (R, 1, 1, k) broadcast to (R, 1, k, k)
-        return torch.einsum("or,r...,ri->oi...", expand.flatten(1), kernel.squeeze(1), reduce.flatten(1))
+    def filters(self, factors: Sequence[Tensor]) -> Tensor:
+        *others, _ = factors
+        return reduce(mul, others)  # (R, in, 1, 1), (R, 1, k, 1) and (R, 1, 1, k) broadcast to (R, in, k, k)
+
+    def balanced(self, factors: Factors) -> Factors:
+        *others, expand = factors
+        components = balance_components((expand.flatten(1), *(factor.flatten(1).T for factor in others)))
+        last, *first = components
+        return *(new.T.reshape(old.shape) for new, old in zip(first, others, strict=True)), last.reshape(expand.shape)

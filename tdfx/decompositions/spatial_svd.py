@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tdfx.decompositions.base import Decomposition, Factors
 from tdfx.decompositions.chain import along_each, link
+from tdfx.decompositions.metric import Metric
 from tdfx.decompositions.spectrum import tail_norms, thin_svd
 from tdfx.records.layer import LayerSpec, Rank, Site
 
@@ -51,14 +52,21 @@ class SpatialSVD(Decomposition):
         horizontal = (root[:, None] * vt[:r]).reshape(r, out_channels, 1, width).transpose(0, 1)
         return vertical, horizontal
 
-    def reconstruct(self, factors: Sequence[Tensor]) -> Tensor:
+    def filters(self, factors: Sequence[Tensor]) -> Tensor:
+        """One a vertical filter and column of the kernel, zero in the other columns."""
         vertical, horizontal = factors
-        return torch.einsum("rih,orw->oihw", vertical.squeeze(3), horizontal.squeeze(2))
+        width = horizontal.shape[3]
+        columns = torch.eye(width, dtype=vertical.dtype, device=vertical.device).reshape(1, width, 1, 1, width)
+        return (vertical.unsqueeze(1) * columns).flatten(0, 1)
 
     def unfoldings(self, weight: Tensor) -> tuple[Tensor, ...]:
         return (_unfold(weight),)
 
-    def errors(self, weight: Tensor, ranks: Sequence[Rank], *, seed: int = 0) -> list[float]:
+    def errors(
+        self, weight: Tensor, ranks: Sequence[Rank], metric: Metric | None = None, *, seed: int = 0
+    ) -> list[float]:
+        if metric is not None:
+            return super().errors(weight, ranks, metric, seed=seed)
         return tail_norms(thin_svd(_unfold(weight))[1], [r for (r,) in ranks])
 
 

@@ -103,10 +103,9 @@ class TensorTrain(Decomposition):
             factors.append(core.permute(2, 0, 1).reshape(core.shape[2], core.shape[0], *shape))
         return balance((*factors, rest.T.reshape(-1, left, *ones)))
 
-    def reconstruct(self, factors: Sequence[Tensor]) -> Tensor:
-        first, *middle, last = factors
+    def filters(self, factors: Sequence[Tensor]) -> Tensor:
+        first, *middle, _ = factors
         train = first.flatten(1).T  # (in, bond)
         for core in middle:
             train = torch.tensordot(train, core.flatten(2).permute(1, 2, 0), 1)  # (in, kernel so far, bond)
-        weight: Tensor = torch.tensordot(train, last.flatten(1).T, 1)
-        return weight.movedim(-1, 0)
+        return train.movedim(-1, 0)

@@ -82,9 +82,10 @@ class Tucker2(Decomposition):
         ones = (1,) * (weight.dim() - 2)
         return balance((basis_in.T.reshape(s, -1, *ones), core, basis_out.reshape(-1, r, *ones)))
 
-    def reconstruct(self, factors: Sequence[Tensor]) -> Tensor:
-        reduce, core, expand = factors
-        return torch.einsum("or,rs...,si->oi...", expand.flatten(1), core, reduce.flatten(1))
+    def filters(self, factors: Sequence[Tensor]) -> Tensor:
+        reduce, core, _ = factors
+        filters: Tensor = torch.tensordot(core, reduce.flatten(1), ([1], [0])).movedim(-1, 1)
+        return filters
 
 
 def _project(weight: Tensor, basis_out: Tensor, basis_in: Tensor) -> Tensor:

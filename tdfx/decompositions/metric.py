@@ -1,0 +1,109 @@
+"""The quadratic form that a weight's error is measured in, and its solution without structure.
+
+With a weight unfolded to (out, n) and its difference D, the form is tr(G D S D^T): S the covariance of the layer's
+input, G that of the loss's gradient at its output. In the coordinates G^1/2 W S^1/2 it is the Frobenius norm, where the
+best approximation of a rank is a truncated SVD.
+
+Eigenvalues are floored at ``FLOOR`` of the largest before anything is inverted: fewer samples than inputs, and dead
+channels, leave covariances without full rank.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from scipy.sparse.linalg import eigsh
+from torch import Tensor
+
+from tdfx.decompositions.spectrum import EXACT_UP_TO, thin_svd
+
+FLOOR = 1e-6
+
+
+@dataclass(frozen=True, eq=False)
+class Metric:
+    """tr(G D S D^T) of a difference D of weights.
+
+    Attributes:
+        in_cov: S, (n, n) float64, n = in times the kernel's positions, in the order of the unfolded weight.
+        out_cov: G, (out, out) float64; None for the identity.
+    """
+
+    in_cov: Tensor
+    out_cov: Tensor | None = None
+
+    def norm(self, difference: Tensor) -> float:
+        """sqrt(tr(G D S D^T)) of a difference (out, ...), flattened after its first dimension."""
+        matrix = difference.flatten(1)
+        energy = (matrix @ self.in_cov) * (matrix if self.out_cov is None else self.out_cov @ matrix)
+        return math.sqrt(max(float(energy.sum()), 0.0))
+
+    @cached_property
+    def floored_in_cov(self) -> Tensor:
+        """S plus ``FLOOR`` of its largest eigenvalue on the diagonal; the identity where S is zero."""
+        largest = _largest_eigenvalue(self.in_cov)
+        return self.in_cov + (FLOOR * largest or 1.0) * torch.eye(len(self.in_cov), dtype=self.in_cov.dtype)
+
+    @cached_property
+    def out_roots(self) -> tuple[Tensor, Tensor] | None:
+        """G^1/2 and its inverse; None for the identity."""
+        return None if self.out_cov is None else roots(self.out_cov)
+
+    def channel_roots(self, channels: int) -> tuple[Tensor, Tensor]:
+        """S^1/2 and its inverse of the input channels alone, S averaged over the kernel's positions."""
+        kernel = len(self.in_cov) // channels
+        return roots(self.in_cov.reshape(channels, kernel, channels, kernel).diagonal(dim1=1, dim2=3).mean(-1))
+
+
+def roots(covariance: Tensor) -> tuple[Tensor, Tensor]:
+    """Symmetric square root and its exact inverse, eigenvalues floored; identities for a zero matrix."""
+    values, vectors = torch.linalg.eigh(covariance)
+    if not values[-1] > 0:
+        identity = torch.eye(len(covariance), dtype=covariance.dtype)
+        return identity, identity
+    spread = values.clamp_min(FLOOR * values[-1]).sqrt()
+    return (vectors * spread) @ vectors.T, (vectors / spread) @ vectors.T
+
+
+def metric_svd(matrix: Tensor, metric: Metric | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Left (out, k), right (k, n) and the norms (k,): their first r columns and rows are the best rank-r approximation.
+
+    What cutting at r leaves has the norm of ``norms[r:]`` in the metric; None is the Frobenius norm. A component has
+    equal norms on both sides. Where there are no more outputs than inputs, the eigenvectors of W S W^T give all, as
+    in Zhang et al. 2016, section 3.1, and S is not inverted.
+    """
+    if metric is None:
+        u, s, vt = thin_svd(matrix)
+        return u * s.sqrt(), s.sqrt()[:, None] * vt, s
+    root, inverse = metric.out_roots or (None, None)
+    weighted = matrix if root is None else root @ matrix
+    if matrix.shape[0] <= matrix.shape[1]:
+        values, vectors = torch.linalg.eigh(weighted @ metric.in_cov @ weighted.T)
+        vectors, energies = vectors.flip(-1), values.flip(-1).clamp_min(0)
+        left, right = vectors, vectors.T @ weighted
+    else:
+        in_root, in_inverse = roots(metric.in_cov)
+        u, s, vt = thin_svd(weighted @ in_root)
+        left, right = u * s, vt @ in_inverse
+        vectors, energies = u, s.square() * ((right @ metric.in_cov) * right).sum(1)
+    if inverse is not None:
+        left = inverse @ left
+        shares = inverse @ vectors  # of the form with G itself rather than G floored
+        energies = energies * ((metric.out_cov @ shares) * shares).sum(0)
+    norms = torch.linalg.vector_norm(left, dim=0), torch.linalg.vector_norm(right, dim=1)
+    tiny = torch.finfo(matrix.dtype).tiny
+    scale = (norms[1].clamp_min(tiny) / norms[0].clamp_min(tiny)).sqrt()
+    dead = (norms[0] == 0) | (norms[1] == 0)
+    scale = torch.where(dead, torch.ones_like(scale), scale)
+    return left * scale, right / scale[:, None], energies.clamp_min(0).sqrt()
+
+
+def _largest_eigenvalue(covariance: Tensor) -> float:
+    if len(covariance) <= EXACT_UP_TO:
+        return max(float(torch.linalg.eigvalsh(covariance)[-1]), 0.0)
+    start = np.ones(len(covariance))  # the same result every time
+    return max(float(eigsh(covariance.numpy(), 1, v0=start, return_eigenvectors=False, tol=1e-3)[0]), 0.0)
