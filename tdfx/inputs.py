@@ -59,13 +59,14 @@ def run(module: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor
         torch.manual_seed(0)
         copies = {name: value.clone() for name, value in kwargs.items()}
         output: Any = module(*(value.clone() for value in args), **copies)
-    return list(_tensors(output))
+    return list(tensors(output))
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors in a network's output, out of containers and dataclasses."""
     for leaf in pytree.tree_leaves(value):
         if isinstance(leaf, Tensor):
             yield leaf
         elif is_dataclass(leaf) and not isinstance(leaf, type):
             for field in fields(leaf):
-                yield from _tensors(getattr(leaf, field.name))
+                yield from tensors(getattr(leaf, field.name))

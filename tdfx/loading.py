@@ -89,7 +89,7 @@ def load_model(name: str) -> nn.Module:
     source, _, attribute = name.rpartition(":")
     if not source or not attribute:
         raise InputError(f"model {name!r}: expected package.module:factory or file.py:factory, with a colon")
-    module = _import_file(name, Path(source)) if source.endswith(".py") else _import_module(name, source)
+    module = module_from_file(name, Path(source)) if source.endswith(".py") else module_named(name, source)
     try:
         found = attrgetter(attribute)(module)
     except AttributeError as error:
@@ -104,7 +104,7 @@ def load_model(name: str) -> nn.Module:
     try:
         model = found()
     except (Exception, SystemExit) as error:
-        raise InputError(f"model {name!r}: calling {attribute}() raised {_line(error)}") from error
+        raise InputError(f"model {name!r}: calling {attribute}() raised {one_line(error)}") from error
     if not isinstance(model, nn.Module):
         raise InputError(f"model {name!r}: {attribute}() returned a {type(model).__name__}; expected a torch.nn.Module")
     return model
@@ -190,7 +190,12 @@ def _draw(text: str, shape: list[int], dtype: torch.dtype, generator: torch.Gene
         raise InputError(f"input {text!r}: no room for a tensor of this shape; give smaller sizes") from error
 
 
-def _import_file(name: str, path: Path) -> ModuleType:
+def module_from_file(name: str, path: Path) -> ModuleType:
+    """The module in a file, imported anew; its folder can be imported from too.
+
+    Raises:
+        InputError: there is no such file, or importing it fails; names ``name``, what was asked for.
+    """
     if not path.is_file():
         raise InputError(f"model {name!r}: there is no file {path}")
     _put_first(path.resolve().parent)
@@ -203,11 +208,16 @@ def _import_file(name: str, path: Path) -> ModuleType:
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
-        raise InputError(f"model {name!r}: importing {path} raised {_line(error)}") from error
+        raise InputError(f"model {name!r}: importing {path} raised {one_line(error)}") from error
     return module
 
 
-def _import_module(name: str, source: str) -> ModuleType:
+def module_named(name: str, source: str) -> ModuleType:
+    """The module of a dotted name, from the current folder first.
+
+    Raises:
+        InputError: it cannot be imported; names ``name``, what was asked for.
+    """
     _put_first(Path.cwd())
     try:
         return importlib.import_module(source)
@@ -215,7 +225,7 @@ def _import_module(name: str, source: str) -> ModuleType:
         if isinstance(error, ModuleNotFoundError) and f"{source}.".startswith(f"{error.name}."):
             where = f"no module {error.name!r} is installed or in the current folder"
             raise InputError(f"model {name!r}: {where}; a file is named with .py, as in net.py:factory") from error
-        raise InputError(f"model {name!r}: importing {source} raised {_line(error)}") from error
+        raise InputError(f"model {name!r}: importing {source} raised {one_line(error)}") from error
 
 
 def _put_first(folder: Path) -> None:
@@ -240,7 +250,7 @@ def _read_state_dict(path: Path) -> Mapping[str, Tensor]:
         reason = f"it holds {found[1]}" if found else "it holds other things than tensors"
         raise InputError(f"weights {path}: refused, since reading it could run code ({reason}); {wanted}") from error
     except Exception as error:
-        raise InputError(f"weights {path}: cannot be read ({_line(error)}); {wanted}") from error
+        raise InputError(f"weights {path}: cannot be read ({one_line(error)}); {wanted}") from error
     if not isinstance(state, Mapping):
         raise InputError(f"weights {path}: found a {type(state).__name__}; {wanted}")
     inner = [str(key) for key, value in state.items() if isinstance(value, Mapping)]
@@ -257,7 +267,7 @@ def _some(entries: Sequence[str]) -> str:
     return named if len(entries) <= _NAMED else f"{named} and {len(entries) - _NAMED} more"
 
 
-def _line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     """Type and first line of an exception."""
     first = next(iter(str(error).strip().splitlines()), "")
     return f"{type(error).__name__}: {first}" if first else type(error).__name__

@@ -1,0 +1,162 @@
+"""Second moments of the inputs of layers, and of the loss's gradients at their outputs, batch by batch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from tdfx.im2col import chunks, output_rows
+from tdfx.moments import SiteMoments
+from tdfx.passes.base import AnalysisPass, Layer, layer_at
+from tdfx.records.layer import LayerSpec
+
+BLOCK = 512  # columns of one product; of a symmetric matrix only the upper blocks are computed
+
+
+@dataclass
+class Sums:
+    """Sums over positions for one site, to which calls of its layer add; float64, on the CPU.
+
+    Attributes:
+        total: (n,), of the inputs about the shift.
+        gram: (n, n), of their products; blocks below the diagonal stay zero.
+        out_gram: (out, out), of the products of gradients; likewise. None without a loss.
+        shift: (n,), about the mean of the inputs; None before the first call. Products of what is left are small
+            where the mean is large, so that they can be computed in the inputs' own precision.
+        positions: rows that were added.
+        reached: whether a gradient has come to the layer.
+    """
+
+    total: Tensor
+    gram: Tensor
+    out_gram: Tensor | None
+    shift: Tensor | None = None
+    positions: int = 0
+    reached: bool = False
+
+    @classmethod
+    def of(cls, layer: LayerSpec, gradients: bool) -> Sums:
+        """Zeros for a layer in one group."""
+        n, out = layer.in_channels * math.prod(layer.kernel_size), layer.out_channels
+        zeros = torch.zeros(out, out, dtype=torch.float64) if gradients else None
+        return cls(torch.zeros(n, dtype=torch.float64), torch.zeros(n, n, dtype=torch.float64), zeros)
+
+    def add_input(self, value: Tensor, layer: Layer) -> None:
+        """Adds the input of one call."""
+        value = _at_least_float32(value)
+        if self.shift is None:
+            self.shift = _mean(value, layer)
+        shift = self.shift.to(value)
+        for rows in chunks(value, layer):
+            rows = rows - shift
+            self.total += _column_sums(rows)
+            _add_products(self.gram, rows)
+            self.positions += len(rows)
+
+    def add_gradient(self, gradient: Tensor, layer: Layer) -> None:
+        """Adds the gradient at the output of one call."""
+        assert self.out_gram is not None
+        self.reached = True
+        _add_products(self.out_gram, output_rows(_at_least_float32(gradient), layer))
+
+    def moments(self, samples: int) -> SiteMoments:
+        """Mean and centred second moment by position, second moment of the gradients by sample; uses the sums up."""
+        assert self.shift is not None
+        apart = self.total / self.positions
+        in_cov = _whole(self.gram).div_(self.positions).sub_(apart[:, None] * apart)
+        out_cov = None if self.out_gram is None else _whole(self.out_gram).div_(samples).float()
+        return SiteMoments((self.shift.double() + apart).float(), in_cov.float(), out_cov)
+
+
+@dataclass(frozen=True)
+class AccumulateMoments(AnalysisPass[None]):
+    """Runs one batch through the graph and adds to the sums of sites, all calls of a layer to the same.
+
+    The inputs are copied; parameters get no gradients. Random numbers that the graph draws are seeded and the caller's
+    random state is kept.
+
+    Attributes:
+        inputs: one value per placeholder of the graph, in order.
+        sums: by name of the layer; they change.
+        loss: of the graph's output, a scalar whose gradients are wanted; None for inputs alone.
+        seed: of the graph's own random numbers.
+    """
+
+    inputs: tuple[Tensor, ...]
+    sums: Mapping[str, Sums]
+    loss: Callable[[Any], Tensor] | None = None
+    seed: int = 0
+
+    def apply(self, graph_module: fx.GraphModule) -> None:
+        observer = _Observer(graph_module, self.sums, gradients=self.loss is not None)
+        with torch.random.fork_rng(devices=[]), torch.set_grad_enabled(self.loss is not None):
+            torch.manual_seed(self.seed)
+            output = observer.run(*(value.detach().clone() for value in self.inputs))
+            loss = None if self.loss is None else self.loss(output)
+        if loss is None or not observer.offsets or not loss.requires_grad:
+            return
+        del output
+        layers, offsets = zip(*observer.offsets, strict=True)
+        for name, gradient in zip(layers, torch.autograd.grad(loss, offsets, allow_unused=True), strict=True):
+            if gradient is not None:
+                self.sums[name].add_gradient(gradient, layer_at(graph_module, name))
+
+
+class _Observer(fx.Interpreter):
+    def __init__(self, graph_module: fx.GraphModule, sums: Mapping[str, Sums], gradients: bool) -> None:
+        super().__init__(graph_module)
+        self.sums, self.gradients = sums, gradients
+        self.offsets: list[tuple[str, Tensor]] = []
+
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if target not in self.sums:
+            return super().call_module(target, args, kwargs)
+        with torch.no_grad():
+            self.sums[target].add_input((*args, *kwargs.values())[0].detach(), layer_at(self.module, target))
+        value = super().call_module(target, args, kwargs)
+        if not self.gradients:
+            return value
+        # A leaf of zeros: gradients reach it whether or not parameters want any, and whatever is done to the sum in
+        # place. It is one number, expanded.
+        offset = torch.zeros((), dtype=value.dtype, device=value.device).expand(value.shape).requires_grad_()
+        self.offsets.append((target, offset))
+        return value + offset
+
+
+def _at_least_float32(value: Tensor) -> Tensor:
+    return value if value.dtype == torch.float64 else value.float()
+
+
+def _mean(value: Tensor, layer: Layer) -> Tensor:
+    sums, count = torch.zeros(()), 0
+    for rows in chunks(value, layer):
+        sums, count = sums + _column_sums(rows), count + len(rows)
+    return (sums / count).to(value.dtype)
+
+
+def _column_sums(rows: Tensor) -> Tensor:
+    return (rows.T @ rows.new_ones(len(rows))).double().cpu()  # several times as fast as a sum
+
+
+def _add_products(total: Tensor, rows: Tensor) -> None:
+    """Adds rows^T rows to the upper blocks of a symmetric matrix."""
+    parts = torch.split(rows, BLOCK, 1)
+    for i, left in enumerate(parts):
+        for j, right in enumerate(parts[i:], i):
+            block = total[i * BLOCK : (i + 1) * BLOCK, j * BLOCK : (j + 1) * BLOCK]
+            block += (left.T @ right).to(block.device)
+
+
+def _whole(total: Tensor) -> Tensor:
+    """The symmetric matrix of these upper blocks, in place."""
+    for first in range(0, len(total), BLOCK):
+        last = first + BLOCK
+        total[last:, first:last] = total[first:last, last:].T
+        block = total[first:last, first:last]
+        block.copy_((block + block.T) / 2)
+    return total

@@ -1,0 +1,79 @@
+"""The matrix that a layer's weight is multiplied with: one row for each output position (im2col)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Layer = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
+CHUNK_BYTES = 32_000_000
+
+
+def im2col(value: Tensor, layer: Layer) -> Tensor:
+    """Inputs of every output position of one call.
+
+    Args:
+        value: the layer's input: (..., in) of a Linear, (N, in, *spatial) or (in, *spatial) of a convolution.
+        layer: a Linear or a convolution in one group, of any stride, padding, padding mode and dilation.
+
+    Returns:
+        (positions, in * prod(kernel)), columns in the order of ``weight.flatten(1)``, padding included; positions in
+        the order of the output, sample by sample. It may share memory with the input.
+    """
+    return value.reshape(-1, value.shape[-1]) if isinstance(layer, nn.Linear) else _rows(_windows(value, layer), layer)
+
+
+def chunks(value: Tensor, layer: Layer, most_bytes: int = CHUNK_BYTES) -> Iterator[Tensor]:
+    """The rows of ``im2col`` in parts of about ``most_bytes``, or of one line of a sample's output if that is more."""
+    if isinstance(layer, nn.Linear):
+        rows = value.reshape(-1, value.shape[-1])
+        yield from torch.split(rows, max(1, most_bytes // (rows.shape[1] * rows.itemsize)))
+        return
+    windows = _windows(value, layer)
+    samples = 1 + len(layer.kernel_size)  # its dimension; the next is the first of the output's spatial ones
+    sample_bytes = windows.numel() * windows.itemsize // windows.shape[samples]
+    lines = max(1, most_bytes * windows.shape[samples + 1] // sample_bytes)
+    for part in torch.split(windows, max(1, most_bytes // sample_bytes), samples):
+        for piece in torch.split(part, lines, samples + 1):
+            yield _rows(piece, layer)
+
+
+def output_rows(value: Tensor, layer: Layer) -> Tensor:
+    """A layer's output, or a gradient of its shape, as (positions, out), in the order of ``im2col``."""
+    if isinstance(layer, nn.Linear):
+        return value.reshape(-1, value.shape[-1])
+    channels = value.dim() - 1 - len(layer.kernel_size)
+    return value.movedim(channels, 0).flatten(1).T
+
+
+def _windows(value: Tensor, layer: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> Tensor:
+    """(in, *kernel, N, *output spatial): a view of the padded input."""
+    spatial = len(layer.kernel_size)
+    value = value if value.dim() == spatial + 2 else value[None]
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    padding = _padding(layer)
+    value = F.pad(value, padding, mode) if any(padding) else value
+    for dim, (size, step, dilation) in enumerate(
+        zip(layer.kernel_size, layer.stride, layer.dilation, strict=True), start=2
+    ):
+        value = value.unfold(dim, dilation * (size - 1) + 1, step)[..., ::dilation]
+    # (N, in, *output, *kernel); positions last, so that rows are copied in long runs.
+    return value.permute(1, *range(2 + spatial, 2 + 2 * spatial), 0, *range(2, 2 + spatial))
+
+
+def _rows(windows: Tensor, layer: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> Tensor:
+    columns = layer.in_channels * math.prod(layer.kernel_size)
+    return windows.reshape(columns, -1).T
+
+
+def _padding(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> list[int]:
+    """As torch.nn.functional.pad takes it: last dimension first, before and after; "same" pads more after."""
+    if not isinstance(layer.padding, str):
+        return [side for size in reversed(layer.padding) for side in (size, size)]
+    reach = [dilation * (size - 1) for size, dilation in zip(layer.kernel_size, layer.dilation, strict=True)]
+    totals = reach if layer.padding == "same" else [0 for _ in reach]
+    return [side for total in reversed(totals) for side in (total // 2, total - total // 2)]
