@@ -106,7 +106,7 @@ def real_rows(arguments: argparse.Namespace) -> list[tuple[str, ...]]:
                         f"flops={share}%",
                         planner,
                         f"{plan.after.macs / plan.before.macs:.2%}",
-                        f"{sum(contribution(candidate.error) for candidate in plan.candidates):.5f}",
+                        f"{sum(contribution(candidate.metric, candidate.error) for candidate in plan.candidates):.5f}",
                         f"{statistics.median(seconds for _, seconds in runs):.3f}",
                         f"{accuracy:.2f} ({dense:.2f})",
                     )

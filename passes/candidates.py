@@ -10,14 +10,16 @@ from torch import Tensor, fx
 
 from tdfx.cache import ListCache, sources_digest
 from tdfx.decompositions.base import Decomposition
+from tdfx.decompositions.metric import Metric
 from tdfx.errors import OptionError, WeightError
 from tdfx.fingerprint import tensor_digest
-from tdfx.metrics import error_scale
+from tdfx.metrics import error_of
 from tdfx.passes.base import AnalysisPass, layer_at
 from tdfx.rank_rules import RankRule, to_multiple
 from tdfx.records.candidate import DENSE, SLOWER, Candidate, format_rank
 from tdfx.records.cost import Cost
 from tdfx.records.layer import Rank, Site, Skipped
+from tdfx.scoring import Scoring
 from tdfx.selection import Selection
 from tdfx.targets import Target, layer_cost
 from tdfx.version import VERSION
@@ -36,7 +38,7 @@ class FindCandidates(AnalysisPass[tuple[tuple[Candidate, ...], tuple[Skipped, ..
     Attributes:
         sites: where to look.
         selection: methods and ranks by site.
-        metric: of the errors.
+        scoring: what errors are measured in.
         target: whose latency is estimated, or None.
         rank_multiple: the grid.
         seed: of the decompositions.
@@ -47,7 +49,7 @@ class FindCandidates(AnalysisPass[tuple[tuple[Candidate, ...], tuple[Skipped, ..
 
     sites: tuple[Site, ...]
     selection: Selection
-    metric: str
+    scoring: Scoring
     target: Target | None
     rank_multiple: int
     seed: int
@@ -61,8 +63,13 @@ class FindCandidates(AnalysisPass[tuple[tuple[Candidate, ...], tuple[Skipped, ..
         for index, site in enumerate(self.sites):
             self.progress(f"decomposing {site.name}", index, len(self.sites))
             weight = site_weight(graph_module, site)
-            dense = Candidate(site.name, DENSE, (), layer_cost(site.layer, self.target), 0.0, self.metric)
+            metric = self.scoring.metric
+            dense = Candidate(site.name, DENSE, (), layer_cost(site.layer, self.target), 0.0, metric)
             pinned = self.selection.rank_for(site)
+            obstacle = self.scoring.obstacle(site)
+            if obstacle is not None:
+                skipped.append(Skipped(site.name, f"{metric} needs moments of its inputs: {obstacle}"))
+                continue
             factored, reasons = self._factored(site, weight, dense.cost, pinned)
             if pinned is not None and not factored:
                 raise OptionError(f"overrides: no method takes rank {format_rank(pinned)} at {site.name}: {reasons}")
@@ -77,17 +84,19 @@ class FindCandidates(AnalysisPass[tuple[tuple[Candidate, ...], tuple[Skipped, ..
         """Candidates other than dense; and if there are none, why."""
         found: list[Candidate] = []
         reasons = []
+        form, chained = self.scoring.form(site), self.scoring.chained(site)
         for method in self.selection.methods_for(site):
             refusal = method.unsupported(site)
             ranks, reason = ((), refusal) if refusal else self._ranks(method, site, weight, pinned)
             if not ranks:
                 reasons.append(reason)
                 continue
-            errors = self._errors(method, weight, ranks)
-            for rank, error in zip(ranks, errors, strict=True):
-                cost = chain_cost(method, site, rank, self.target)
+            norms = self._norms(method, weight, ranks, form)
+            for rank, norm in zip(ranks, norms, strict=True):
+                cost = chain_cost(method, chained, rank, self.target)
+                error = error_of(self.scoring.metric, norm, weight, form)
                 caveat = "" if pinned else self._caveat(rank, cost, dense)
-                found.append(Candidate(site.name, method.name, rank, cost, error, self.metric, caveat))
+                found.append(Candidate(site.name, method.name, rank, cost, error, self.scoring.metric, caveat))
         return found, "; ".join(reasons)
 
     def _ranks(
@@ -103,7 +112,7 @@ class FindCandidates(AnalysisPass[tuple[tuple[Candidate, ...], tuple[Skipped, ..
         return tuple(dict.fromkeys((*method.ranks_below(site, self.rank_multiple), *on_grid))), none_fits
 
     def _ruled(self, rule: RankRule, method: Decomposition, site: Site, weight: Tensor) -> tuple[tuple[Rank, ...], str]:
-        rank = rule.rank(method, site, weight, lambda rank: self._norms(method, weight, (rank,))[0])
+        rank = rule.rank(method, site, weight, lambda rank: self._norms(method, weight, (rank,), None)[0])
         if 0 in rank:
             return (), f"ranks={rule} finds only noise (rank {format_rank(rank)} of {method.name})"
         rank = method.clamp(site, to_multiple(rank, self.rank_multiple))
@@ -114,14 +123,14 @@ class FindCandidates(AnalysisPass[tuple[tuple[Candidate, ...], tuple[Skipped, ..
             )
         return (rank,), ""
 
-    def _errors(self, method: Decomposition, weight: Tensor, ranks: tuple[Rank, ...]) -> list[float]:
-        scale = error_scale(self.metric, weight)
-        return [norm / scale for norm in self._norms(method, weight, ranks)]
-
-    def _norms(self, method: Decomposition, weight: Tensor, ranks: tuple[Rank, ...]) -> list[float]:
+    def _norms(
+        self, method: Decomposition, weight: Tensor, ranks: tuple[Rank, ...], form: Metric | None
+    ) -> list[float]:
         code = sources_digest("tdfx.decompositions")
-        key = (VERSION, torch.__version__, code, method.name, tensor_digest(weight), ranks, self.seed)
-        return self.cache.get(key, len(ranks), lambda: method.errors(weight, ranks, seed=self.seed))
+        covariances = () if form is None else (form.in_cov, form.out_cov)
+        digests = tuple(None if tensor is None else tensor_digest(tensor) for tensor in (weight, *covariances))
+        key = (VERSION, torch.__version__, code, method.name, digests, ranks, self.seed)
+        return self.cache.get(key, len(ranks), lambda: method.errors(weight, ranks, form, seed=self.seed))
 
     def _caveat(self, rank: Rank, cost: Cost, dense: Cost) -> str:
         off_grid = self.rule is None and any(r % self.rank_multiple for r in rank)

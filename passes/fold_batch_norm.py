@@ -22,6 +22,8 @@ from tdfx.passes.sharing import sharers
 from tdfx.records.layer import Skipped
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
+BATCH_NORM = "batch_norm"
+"""Key, in the meta of a layer's node, of the weight and bias of the BatchNorm that was folded into the layer."""
 _STOCK_FORWARDS = (BatchNorm.forward, nn.SyncBatchNorm.forward)
 
 
@@ -29,7 +31,7 @@ _STOCK_FORWARDS = (BatchNorm.forward, nn.SyncBatchNorm.forward)
 class FoldBatchNorm(RewritePass):
     """Folds every BatchNorm with running statistics whose input is a layer that nobody else uses.
 
-    The BatchNorm's weight and bias stay in ``node.meta["batch_norm"]`` of the layer's node: they give mean and spread
+    The BatchNorm's weight and bias stay in ``node.meta[BATCH_NORM]`` of the layer's node: they give mean and spread
     of what follows.
 
     Attributes:
@@ -103,7 +105,7 @@ def _fold(graph_module: fx.GraphModule, source: fx.Node, node: fx.Node) -> None:
     folded = copy.deepcopy(layer)
     folded.weight, folded.bias = folded_parameters(layer, batch_norm)
     set_submodule(graph_module, str(source.target), folded)
-    source.meta["batch_norm"] = {"weight": _detached(batch_norm.weight), "bias": _detached(batch_norm.bias)}
+    source.meta[BATCH_NORM] = {"weight": _detached(batch_norm.weight), "bias": _detached(batch_norm.bias)}
     node.replace_all_uses_with(source)
     graph_module.graph.erase_node(node)
 

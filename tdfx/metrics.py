@@ -1,44 +1,86 @@
 """Error metrics: what a candidate's error is measured in, and what a planner adds up.
 
-With W the weight unfolded to (out, in k k) and D = W - W~: ``weight:absolute`` is ||D||_F, ``weight:relative``
-||D||_F / ||W||_F, ``weight:scaled`` ||D||_F divided by the number of elements of W.
+With W the weight unfolded to (out, in k k), D = W - W~, S the covariance of the layer's input and G that of the loss's
+gradient at its output:
+
+``weight:absolute`` is ||D||_F, ``weight:relative`` ||D||_F / ||W||_F, ``weight:scaled`` ||D||_F divided by the number
+of elements of W.
+
+``feature:absolute`` is sqrt(tr(D S D^T)), the root mean square error of the layer's outputs with its bias corrected;
+``feature:relative`` divides it by sqrt(tr(W S W^T)), ``feature:scaled`` by the number of outputs.
+
+``loss`` is tr(G D S D^T) / 2, the second-order growth of the loss where G and S are taken as independent (the
+Kronecker-factored Fisher matrix of Martens and Grosse 2015, section 3); proportional to the divergence from the
+original's output.
 """
 
 from __future__ import annotations
 
 import difflib
 
-import torch
 from torch import Tensor
 
+from tdfx.decompositions.base import norm_in
+from tdfx.decompositions.metric import Metric
 from tdfx.errors import OptionError
+from tdfx.moments import Moments, SiteMoments
 
-METRICS = ("weight:absolute", "weight:relative", "weight:scaled")
-DEFAULT = "weight:relative"
+LOSS = "loss"
+FORMS = ("absolute", "relative", "scaled")
+METRICS = (*(f"{kind}:{form}" for kind in ("weight", "feature") for form in FORMS), LOSS)
 
 
-def find_metric(name: str | None) -> str:
-    """The metric's full name; None is the default, "weight" alone means relative.
+def find_metric(name: str | None, moments: Moments | None = None) -> str:
+    """The metric's full name; "weight" and "feature" alone mean relative.
+
+    None is the best that there is data for: "loss" with moments of the loss, "feature:relative" with others,
+    "weight:relative" without.
 
     Raises:
-        OptionError: for an unknown name.
+        OptionError: for an unknown name, or moments that the metric lacks.
     """
-    if name is None or name == "weight":
-        return DEFAULT
-    if name in METRICS:
-        return name
-    near = difflib.get_close_matches(str(name), METRICS, 1)
-    hint = f"; did you mean {near[0]!r}?" if near else ";"
-    raise OptionError(f"unknown metric {name!r}{hint} known metrics: {', '.join(METRICS)}")
+    if name is None:
+        if moments is None:
+            return "weight:relative"
+        return "feature:relative" if moments.output is None else LOSS
+    full = f"{name}:relative" if name in ("weight", "feature") else name
+    if full not in METRICS:
+        near = difflib.get_close_matches(str(name), METRICS, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ";"
+        raise OptionError(f"unknown metric {name!r}{hint} known metrics: {', '.join(METRICS)}")
+    return full
 
 
-def error_scale(metric: str, weight: Tensor) -> float:
-    """What ||D||_F is divided by to give the error in this metric; 1 for a relative error of a zero weight."""
-    if metric == "weight:relative":
-        return float(torch.linalg.vector_norm(weight, dtype=torch.float64)) or 1.0
-    return float(weight.numel()) if metric == "weight:scaled" else 1.0
+def needs_moments(metric: str) -> bool:
+    """Whether the metric looks at inputs."""
+    return not metric.startswith("weight")
 
 
-def contribution(error: float) -> float:
-    """What a candidate adds to the planner's objective: its squared error, for all weight metrics."""
-    return error * error
+def form_of(metric: str, moments: SiteMoments | None, *, corrected: bool) -> Metric | None:
+    """The quadratic form that a site's factors are solved in; None for the Frobenius norm.
+
+    Without the bias corrected the mean of the inputs counts as well.
+    """
+    if moments is None or not needs_moments(metric):
+        return None
+    covariance, mean = moments.in_cov.double(), moments.mean.double()
+    if not corrected:
+        covariance = covariance + mean[:, None] * mean
+    out_cov = moments.out_cov if metric == LOSS else None
+    return Metric(covariance, None if out_cov is None else out_cov.double())
+
+
+def error_of(metric: str, norm: float, weight: Tensor, form: Metric | None) -> float:
+    """The error in this metric, from the norm in its form; relative to a zero weight it is the norm itself."""
+    if metric == LOSS:
+        return norm * norm / 2
+    if metric.endswith("relative"):
+        return norm / (norm_in(form, weight) or 1.0)
+    if metric.endswith("absolute"):
+        return norm
+    return norm / (weight.numel() if form is None else len(weight))
+
+
+def contribution(metric: str, error: float) -> float:
+    """What a candidate adds to the planner's objective: its squared error, or for ``loss`` the error itself."""
+    return error if metric == LOSS else error * error

@@ -1,9 +1,10 @@
-"""Latency of ONNX files, measured side by side."""
+"""Seconds: of stages, and of ONNX files measured side by side."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,3 +47,11 @@ def interleaved_medians(
             sessions[index].run(None, feeds[index])
             times[turn, index] = time.perf_counter() - started
     return tuple(np.median(times[WARM_UP:], axis=0).tolist())
+
+
+@contextmanager
+def timed(timings: dict[str, float], name: str) -> Iterator[None]:
+    """Keeps the seconds that the block takes under a name."""
+    started = time.perf_counter()
+    yield
+    timings[name] = time.perf_counter() - started

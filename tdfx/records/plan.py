@@ -36,6 +36,8 @@ class Plan:
         structure: fingerprint of the model's names, shapes and options.
         weights: fingerprint of its weights.
         notes: what the user should know, e.g. that ranks off the grid were needed.
+        corrected: whether the biases of chains are corrected where the mean of the layer's input is known.
+        moments: fingerprint of the moments it was made with, which it takes to carry it out; None without.
 
     Raises:
         PlanError: a site has several candidates, or a candidate and a skip, or the seed is too large.
@@ -56,6 +58,8 @@ class Plan:
     structure: str
     weights: str
     notes: tuple[str, ...] = ()
+    corrected: bool = False
+    moments: str | None = None
 
     def __post_init__(self) -> None:
         if self.seed > MOST_SEED:

@@ -37,6 +37,8 @@ class Profile:
         latency_source: "estimated", "measured", or None without a target.
         structure: fingerprint of the model's structure.
         weights: fingerprint of its weights.
+        corrected: whether the biases of chains are corrected where the mean of the layer's input is known.
+        moments: fingerprint of the moments it was made with; None without.
         rank_rule: what gave every site its only candidate, e.g. "energy=0.95"; None where a budget chooses.
 
     Raises:
@@ -57,6 +59,8 @@ class Profile:
     structure: str
     weights: str
     rank_rule: str | None = None
+    corrected: bool = False
+    moments: str | None = None
 
     def __post_init__(self) -> None:
         if self.rest.latency_s is not None and self.rest.latency_s < 0:

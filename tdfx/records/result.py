@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import nn
@@ -29,7 +29,8 @@ class Report:
         tier: how the graph was captured: "fx".
         timings_s: seconds by stage.
         verification: largest relative differences found: "capture" (graph against model), "network" (result against
-            the network with reconstructed weights), "chains" by layer, "full_rank" by layer and method if asked for.
+            the network with reconstructed weights), "chains" by layer, "full_rank" by layer and method if asked for;
+            "correction": divergence from the original on inputs held out, without it and with what was kept.
         notes: what the user should know.
         versions: of tdfx, torch and Python.
     """
@@ -88,6 +89,7 @@ class Result:
         after: cost of ``module``.
         skipped: layers left as they are, with reasons.
         report: all of this and how it came about.
+        original: a copy of the model as given, in eval mode, for ``tune``; None for results that were loaded.
     """
 
     module: nn.Module
@@ -96,3 +98,4 @@ class Result:
     after: Cost
     skipped: tuple[Skipped, ...]
     report: Report
+    original: nn.Module | None = field(default=None, compare=False, repr=False)

@@ -6,22 +6,26 @@ import math
 import platform
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
+from tdfx.chains import Solved, solve
+from tdfx.correction import correct_batch_norms, correct_spread
 from tdfx.decompositions import registry
 from tdfx.decompositions.base import Factors
 from tdfx.errors import OptionError, PlanError, VerificationError
 from tdfx.inputs import Inputs, run
-from tdfx.metrics import error_scale, find_metric
+from tdfx.metrics import find_metric
+from tdfx.moments import Moments
 from tdfx.passes.base import layer_at
 from tdfx.passes.candidates import chain_cost, site_weight
 from tdfx.passes.count import network_cost
 from tdfx.passes.factorize import Factorize, Replacement
-from tdfx.passes.shape_prop import ShapeProp, bind
+from tdfx.passes.input_means import InputMeans
+from tdfx.passes.shape_prop import ShapeProp, TensorMeta, bind
 from tdfx.passes.sites import FindSites
 from tdfx.passes.verify import VerifyChains, VerifyFullRank, relative_difference, with_reconstructed_weights
 from tdfx.records.candidate import Candidate, format_rank
@@ -31,8 +35,9 @@ from tdfx.records.inputs import InputSpec
 from tdfx.records.layer import Site
 from tdfx.records.plan import Plan
 from tdfx.records.result import Report, Result
+from tdfx.scoring import Scoring
 from tdfx.stages.capture import RTOL, Model, capture
-from tdfx.stages.profile import cost_before, rest_cost
+from tdfx.stages.profile import cost_before, rest_cost, scoring_of
 from tdfx.targets import Target, find_target, layer_cost
 from tdfx.version import VERSION
 
@@ -47,7 +52,7 @@ def apply(
     plan: Plan,
     *,
     example_kwargs: Mapping[str, Tensor] | None = None,
-    moments: None = None,
+    moments: Moments | None = None,
     factors: Mapping[str, Tensor] | Literal["empty"] | None = None,
     verify: str = "plan",
 ) -> Result:
@@ -60,7 +65,7 @@ def apply(
         example_inputs: as for ``capture``.
         plan: what ``plan`` returned or ``Plan.from_json`` read.
         example_kwargs: as for ``capture``.
-        moments: calibration moments; only for metrics that need data, which weight metrics do not.
+        moments: those that the plan was made with; without them only with ``factors``.
         factors: the state dict of a result of this plan; its tensors are then loaded instead of decomposing, and the
             model's own weights may differ from those the plan was made for. Errors stay as the plan states them.
             "empty" leaves the factors' weights NaN and checks of them out, for ``load_state_dict`` to fill: a factor
@@ -81,14 +86,14 @@ def apply(
         raise PlanError(f"plan is a {type(plan).__name__}; expected a tdfx.Plan, which Plan.from_json reads from text")
     if factors != EMPTY and not isinstance(factors, Mapping | None):
         raise PlanError(f'factors is a {type(factors).__name__}; expected a state dict or "{EMPTY}"')
-    _, metric = _target_and_metric(plan)
-    if moments is not None:
-        raise PlanError(f"the plan's metric is {metric}, which takes no moments; leave moments out")
+    _target_and_metric(plan)
+    if factors is None:
+        _check_moments(plan, moments)
     started = time.perf_counter()
     captured = capture(model, example_inputs, example_kwargs, trainable=plan.trainable)
     captured_s = time.perf_counter() - started
     _check_fingerprints(plan, captured, weights=factors is None)
-    result = carry_out(captured, plan, factors=factors, verify=verify)
+    result = carry_out(captured, plan, moments=moments, factors=factors, verify=verify)
     timings = {"capture": captured_s, **result.report.timings_s}
     return replace(result, report=replace(result.report, timings_s=timings))
 
@@ -97,6 +102,7 @@ def carry_out(
     captured: Capture,
     plan: Plan,
     *,
+    moments: Moments | None = None,
     factors: Mapping[str, Tensor] | Literal["empty"] | None = None,
     verify: str = "plan",
 ) -> Result:
@@ -109,22 +115,32 @@ def carry_out(
     target, metric = _target_and_metric(plan)
     module = captured.module
     inputs = bind(module, captured.args, captured.kwargs)
-    sites = _planned_sites(plan, FindSites(ShapeProp(inputs).run(module)).run(module)[0])
+    metas = ShapeProp(inputs).run(module)
+    sites = _planned_sites(plan, FindSites(metas).run(module)[0])
+    if factors is None:
+        scoring = scoring_of(captured, tuple(sites.values()), metas, metric, moments, plan.corrected)
+    else:
+        scoring = _scoring_of_stored(captured, tuple(sites.values()), metas, plan, factors)
 
     started = time.perf_counter()
-    candidates: list[Candidate] = []
-    replacements: dict[str, Replacement] = {}
-    for edited in plan.candidates:
-        site = sites[edited.site]
-        candidate = replace(edited, metric=metric)
-        if candidate.is_dense:
-            candidates.append(replace(candidate, rank=(), cost=layer_cost(site.layer, target), error=0.0, caveat=""))
-            continue
-        updated, replacements[site.name] = _factorized(captured, site, candidate, plan.seed, target, factors)
-        candidates.append(updated)
+    wanted = {c.site: replace(c, metric=metric) for c in plan.candidates}
+    solved = {
+        name: _solved(module, sites[name], candidate, scoring, plan.seed, factors)
+        for name, candidate in wanted.items()
+        if not candidate.is_dense
+    }
+    outcome = None
+    corrects = factors is None and plan.corrected and moments is not None and moments.inputs and solved
+    if corrects and moments is not None and not plan.trainable:
+        solved, outcome = correct_spread(captured, solved, moments.inputs)
+    replacements = {name: entry.replacement() for name, entry in solved.items()}
     compressed = Factorize(replacements).run(module)
     if isinstance(factors, Mapping):
         _load(compressed, factors)
+    candidates = [
+        _carried_out(captured, sites[name], candidate, solved.get(name), scoring, target, given=factors is not None)
+        for name, candidate in wanted.items()
+    ]
     factorized_s = time.perf_counter() - started
 
     started = time.perf_counter()
@@ -132,6 +148,10 @@ def carry_out(
     if factors != EMPTY:
         verification["chains"] = VerifyChains(inputs, replacements).run(module)
         verification["network"] = _verify_network(captured, compressed, replacements)
+    if corrects and moments is not None and plan.trainable:
+        compressed, outcome = correct_batch_norms(captured, compressed, moments.inputs)
+    if outcome is not None:
+        verification["correction"] = asdict(outcome)
     if verify == "full":
         methods = tuple(registry().values())
         verification["full_rank"] = VerifyFullRank(inputs, tuple(sites.values()), methods, plan.seed).run(module)
@@ -158,7 +178,7 @@ def carry_out(
         notes=(*captured.notes, *plan.notes, *((EMPTY_NOTE,) if factors == EMPTY else ())),
         versions={"tdfx": VERSION, "torch": torch.__version__, "python": platform.python_version()},
     )
-    return Result(compressed, carried_out, carried_out.before, after, plan.skipped, report)
+    return Result(compressed, carried_out, carried_out.before, after, plan.skipped, report, captured.original)
 
 
 def check_verify(verify: str) -> None:
@@ -224,31 +244,78 @@ def _check_candidate(candidate: Candidate, site: Site) -> None:
         )
 
 
-def _factorized(
+def _solved(
+    module: fx.GraphModule,
+    site: Site,
+    candidate: Candidate,
+    scoring: Scoring,
+    seed: int,
+    factors: Mapping[str, Tensor] | Literal["empty"] | None,
+) -> Solved:
+    if factors is None:
+        return solve(module, site, candidate, scoring, seed)
+    method, chained, layer = registry()[candidate.method], scoring.chained(site), layer_at(module, site.name)
+    chain = method.chain(chained, candidate.rank)
+    if isinstance(factors, Mapping):
+        found = _stored_factors(chain, f"{site.name}.{candidate.method}", factors)
+    else:
+        found = tuple(torch.full(spec.weight_shape, math.nan) for spec in chain)
+    bias = layer.bias
+    if chained.layer.bias and bias is None:
+        bias = nn.Parameter(layer.weight.new_zeros(chained.layer.out_channels))  # loaded with the rest
+    return Solved(chained, method, candidate.rank, found, bias, trains=bool(layer.weight.requires_grad))
+
+
+def _carried_out(
     captured: Capture,
     site: Site,
     candidate: Candidate,
-    seed: int,
+    solved: Solved | None,
+    scoring: Scoring,
     target: Target | None,
-    factors: Mapping[str, Tensor] | Literal["empty"] | None,
-) -> tuple[Candidate, Replacement]:
-    """The candidate with its cost and error as they are, and what takes the site's place."""
-    method = registry()[candidate.method]
-    cost = chain_cost(method, site, candidate.rank, target)
-    error = candidate.error
-    if factors == EMPTY:
-        found = tuple(torch.full(spec.weight_shape, math.nan) for spec in method.chain(site, candidate.rank))
-    elif isinstance(factors, Mapping):
-        found = _stored_factors(method.chain(site, candidate.rank), f"{site.name}.{candidate.method}", factors)
-    else:
-        weight = site_weight(captured.module, site)
-        found = method.decompose(weight, candidate.rank, seed=seed)
-        norm = float(torch.linalg.vector_norm(weight - method.reconstruct(found)))
-        error = norm / error_scale(candidate.metric, weight)
-    layer = layer_at(captured.module, site.name)
-    chain = method.build(site, candidate.rank, found, layer.bias)
-    chain.requires_grad_(layer.weight.requires_grad)
-    return replace(candidate, cost=cost, error=error), Replacement(method.name, chain, found)
+    *,
+    given: bool,
+) -> Candidate:
+    """The candidate with its cost and error as they are; the error as stated where the factors were given."""
+    if solved is None:
+        return replace(candidate, rank=(), cost=layer_cost(site.layer, target), error=0.0, caveat="")
+    cost = chain_cost(solved.method, solved.site, candidate.rank, target)
+    if given:
+        return replace(candidate, cost=cost)
+    return replace(candidate, cost=cost, error=solved.error(site_weight(captured.module, site), scoring))
+
+
+def _scoring_of_stored(
+    captured: Capture,
+    sites: Sequence[Site],
+    metas: dict[str, TensorMeta],
+    plan: Plan,
+    factors: Mapping[str, Tensor] | Literal["empty"],
+) -> Scoring:
+    """Which chains have gained a bias, though nothing is solved."""
+    if not plan.corrected:
+        return Scoring(plan.metric, None, {})
+    if plan.moments is None:
+        return Scoring(plan.metric, None, InputMeans(tuple(sites), metas).run(captured.module))
+    return Scoring(plan.metric, None, {site.name: torch.zeros(0) for site in sites})
+
+
+def _check_moments(plan: Plan, moments: Moments | None) -> None:
+    if plan.moments is None and moments is None:
+        return
+    if plan.moments is None:
+        raise PlanError("the plan was made without moments; leave moments out, or make a plan with them")
+    if moments is None:
+        raise PlanError(
+            "the plan was made with calibration moments; give them as moments, calibrate on the same data, or give the "
+            "factors of its result"
+        )
+    if not isinstance(moments, Moments) or moments.fingerprint != plan.moments:
+        found = moments.fingerprint[:8] if isinstance(moments, Moments) else type(moments).__name__
+        raise PlanError(
+            f"the plan was made with other moments (fingerprint {plan.moments[:8]}, found {found}); give those, or "
+            "make a plan with these"
+        )
 
 
 def _stored_factors(chain: Sequence[Any], prefix: str, factors: Mapping[str, Tensor]) -> Factors:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -13,12 +12,18 @@ from torch import Tensor
 
 from tdfx.budget import Budget
 from tdfx.inputs import Inputs
+from tdfx.metrics import LOSS
+from tdfx.moments import Moments
 from tdfx.progress import Report as ProgressReport
 from tdfx.records.result import Result
+from tdfx.scores import Evaluate
 from tdfx.stages.apply import carry_out, check_verify
+from tdfx.stages.calibrate import calibrate
 from tdfx.stages.capture import Model, capture
 from tdfx.stages.plan import plan, read_budget
 from tdfx.stages.profile import profile
+from tdfx.stages.search import cheapest, read_drop
+from tdfx.timing import timed
 
 
 def compress(
@@ -33,12 +38,17 @@ def compress(
     exclude: Sequence[str] | str | None = None,
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
     metric: str | None = None,
+    calibration: object = None,
+    output: str = "auto",
+    correct: bool = True,
     planner: str = "knapsack",
     target: str | None = "ort-cpu",
     rank_multiple: int | None = None,
     trainable: bool = False,
     verify: str = "plan",
     seed: int = 0,
+    minimize: str = "flops",
+    evaluate: Evaluate | None = None,
     cache_dir: str | Path | None = None,
     progress: bool | ProgressReport | None = None,
 ) -> Result:
@@ -50,14 +60,18 @@ def compress(
             an exported program was made with.
         example_kwargs: keyword arguments, tensors.
         budget: "flops=50%", "macs=1.2G", "params=2M", "bytes=8MB", several joined by commas, or a ``tdfx.Budget``;
-            shares are of the whole model.
+            shares are of the whole model. With ``evaluate`` also "drop=1%" of the original's score, or "drop=0.01".
         methods: names of decompositions, None for all; exactly one with ``ranks``.
         ranks: instead of a budget, a rule for the rank of every layer: "vbmf", "energy=0.95", "ratio=0.33" or
             "compression=75%"; see ``profile``.
         include: globs over qualified layer names; only these are compressed.
         exclude: globs; these are not.
         overrides: ``{glob: {"methods": [...], "rank": r, "skip": True}}``.
-        metric: "weight:absolute", "weight:relative" (None) or "weight:scaled".
+        metric: "weight", or with calibration inputs "feature", each with ":absolute", ":relative" or ":scaled", or
+            "loss"; None for "loss" with calibration inputs, "weight:relative" without.
+        calibration: unlabeled inputs as for ``calibrate``, or the ``Moments`` that it returned; a few hundred do.
+        output: what the loss takes outputs for: "logits", "values" or "auto".
+        correct: correct the biases of what is compressed, and with calibration inputs the spread of its outputs.
         planner: name of a planner.
         target: runtime the result is meant for, so that chains estimated slower than dense are not offered; None for no
             estimate.
@@ -65,45 +79,72 @@ def compress(
         trainable: keep BatchNorm and Dropout for fine-tuning.
         verify: "plan", or "full" to check every method at full rank too.
         seed: of the decompositions; same inputs and seed give the same result on the same machine.
-        cache_dir: folder that keeps errors between runs.
+        minimize: with a drop, what the network is to be cheapest in: "flops", "macs", "params" or "bytes".
+        evaluate: with a drop, called with about ten networks in turn: a network's score, higher is better; see
+            ``tdfx.stages.search.cheapest`` for what is sure of the one returned.
+        cache_dir: folder that keeps errors and scores between runs, scores under the function's file, name and source.
         progress: a function, True, False, or None for a bar on terminals only.
 
     Returns:
         Module, plan, costs before and after, skips and report.
 
     Raises:
-        BudgetError: neither a budget nor ranks, a budget not understood, or not reachable.
+        BudgetError: neither a budget nor ranks, a budget not understood, or not reachable; no network within the drop.
         InputError, OptionError, CaptureError, WeightError, VerificationError: see the stages.
 
     Warns:
         UserWarning: the budget was reachable only, or the rule gave, choices that are otherwise not offered.
     """
-    parsed = read_budget(budget, ranks, planner)  # options of the last stages, before the slow ones
+    asked = read_drop(budget, ranks, planner, minimize, evaluate)  # options of the last stages, before the slow ones
+    parsed = read_budget(budget, ranks, planner) if asked is None else None
     check_verify(verify)
-    started = time.perf_counter()
-    captured = capture(model, example_inputs, example_kwargs, trainable=trainable)
-    captured_s = time.perf_counter() - started
-    started = time.perf_counter()
-    profiled = profile(
-        captured,
-        methods=methods,
-        ranks=ranks,
-        include=include,
-        exclude=exclude,
-        overrides=overrides,
-        metric=metric,
-        target=target,
-        rank_multiple=rank_multiple,
-        seed=seed,
-        cache_dir=cache_dir,
-        progress=progress,
-    )
-    profiled_s = time.perf_counter() - started
-    started = time.perf_counter()
-    chosen = plan(profiled, parsed, planner=planner)
-    planned_s = time.perf_counter() - started
-    for note in chosen.notes:
+    timings: dict[str, float] = {}
+    with timed(timings, "capture"):
+        captured = capture(model, example_inputs, example_kwargs, trainable=trainable)
+    if isinstance(calibration, Moments | None):
+        moments = calibration
+    else:
+        kind = LOSS if metric in (None, LOSS) else "feature"
+        with timed(timings, "calibrate"):
+            moments = calibrate(
+                captured, calibration, metric=kind, output=output, seed=seed, cache_dir=cache_dir, progress=progress
+            )
+    with timed(timings, "profile"):
+        profiled = profile(
+            captured,
+            methods=methods,
+            ranks=ranks,
+            include=include,
+            exclude=exclude,
+            overrides=overrides,
+            metric=metric,
+            moments=moments,
+            correct=correct,
+            target=target,
+            rank_multiple=rank_multiple,
+            seed=seed,
+            cache_dir=cache_dir,
+            progress=progress,
+        )
+    if asked is not None and evaluate is not None:
+        with timed(timings, "search"):
+            result = cheapest(
+                captured,
+                profiled,
+                asked,
+                minimize=minimize,
+                evaluate=evaluate,
+                moments=moments,
+                planner=planner,
+                verify=verify,
+                cache_dir=cache_dir,
+                progress=progress,
+            )
+    else:
+        with timed(timings, "plan"):
+            chosen = plan(profiled, parsed, planner=planner)
+        result = carry_out(captured, chosen, moments=moments, verify=verify)
+    for note in result.plan.notes:
         warnings.warn(note, stacklevel=2)
-    result = carry_out(captured, chosen, verify=verify)
-    timings = {"capture": captured_s, "profile": profiled_s, "plan": planned_s, **result.report.timings_s}
+    timings |= result.report.timings_s
     return replace(result, report=replace(result.report, timings_s=timings))

@@ -32,6 +32,8 @@ RULED = "rank rule"
 def plan(profile: Profile, budget: str | Budget | None = None, *, planner: str = "knapsack") -> Plan:
     """Chooses a candidate for every site: total cost within the budget, total squared error least.
 
+    For the metric "loss" it is the sum of the errors themselves.
+
     Candidates with a caveat are considered only if the budget cannot be met without them, those estimated slower than
     dense only if it cannot be met with ranks off the grid either; the plan's notes say so. A profile made with a rank
     rule leaves nothing to choose: its plan takes no budget and holds what the rule gave.
@@ -68,6 +70,8 @@ def plan(profile: Profile, budget: str | Budget | None = None, *, planner: str =
         structure=profile.structure,
         weights=profile.weights,
         notes=_caveats(chosen, asked, ruled=parsed is None),
+        corrected=profile.corrected,
+        moments=profile.moments,
     )
 
 
@@ -112,7 +116,7 @@ def _choose(
     solve: Planner, offered: Sequence[Sequence[Candidate]], rest: Cost, limits: Mapping[str, int]
 ) -> list[Candidate]:
     # What cannot be changed is a site with one choice, so that limits and what is said of them are of the whole model.
-    values = [np.zeros(1), *(np.array([contribution(c.error) for c in site]) for site in offered)]
+    values = [np.zeros(1), *(np.array([contribution(c.metric, c.error) for c in site]) for site in offered)]
     costs = [_amounts([rest], limits), *(_amounts([c.cost for c in site], limits) for site in offered)]
     _, *indices = solve(values, costs, np.array(list(limits.values()), dtype=np.int64))
     return [site[index] for site, index in zip(offered, indices, strict=True)]

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from tdfx.cache import ListCache
-from tdfx.errors import OptionError
-from tdfx.metrics import find_metric
+from tdfx.errors import OptionError, PlanError
+from tdfx.metrics import LOSS, find_metric, needs_moments
+from tdfx.moments import Moments
 from tdfx.passes.candidates import FindCandidates
 from tdfx.passes.count import total_cost
-from tdfx.passes.shape_prop import ShapeProp, bind
+from tdfx.passes.input_means import InputMeans
+from tdfx.passes.shape_prop import ShapeProp, TensorMeta, bind
 from tdfx.passes.sites import FindSites
 from tdfx.progress import Report, reporter
 from tdfx.rank_rules import RankRule
@@ -21,6 +23,7 @@ from tdfx.records.cost import Cost
 from tdfx.records.layer import Site
 from tdfx.records.plan import MOST_SEED
 from tdfx.records.profile import Profile
+from tdfx.scoring import Scoring, taken_means
 from tdfx.selection import Selection
 from tdfx.targets import Target, find_target, layer_cost
 
@@ -34,6 +37,8 @@ def profile(
     exclude: Sequence[str] | str | None = None,
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
     metric: str | None = None,
+    moments: Moments | None = None,
+    correct: bool = True,
     target: str | None = "ort-cpu",
     rank_multiple: int | None = None,
     seed: int = 0,
@@ -51,7 +56,11 @@ def profile(
         include: globs over qualified layer names; only these are compressed.
         exclude: globs; these are not.
         overrides: ``{glob: {"methods": [...], "rank": r, "skip": True}}``; a rank is then the only choice there.
-        metric: of the errors, "weight:absolute", "weight:relative" (None) or "weight:scaled".
+        metric: of the errors: "weight:absolute", "weight:relative", "weight:scaled", or with moments "feature:..." of
+            the same forms, or "loss"; None for the best that there are moments for.
+        moments: what ``calibrate`` returned; factors are then solved for the inputs that layers really see.
+        correct: correct the biases of chains for what the factors change on average, where the mean of the layer's
+            input is known: from moments, or from a BatchNorm before it.
         target: runtime whose latency is estimated, so that slower chains are not offered; None for no estimate.
         rank_multiple: ranks offered are multiples of this; None for the target's grid (16 for "ort-cpu"), or any rank
             with ``ranks``.
@@ -64,6 +73,7 @@ def profile(
 
     Raises:
         OptionError: an option is not understood or a glob matches no layer.
+        PlanError: the moments are of another model, or the metric needs moments and there are none.
         WeightError: a site's weight holds NaN or Inf.
     """
     rule = None if ranks is None else RankRule.parse(ranks)
@@ -75,13 +85,15 @@ def profile(
     if rule is not None:
         selection.check_one_method()
     module = captured.module
-    sites, skipped = FindSites(ShapeProp(bind(module, captured.args, captured.kwargs)).run(module)).run(module)
+    metas = ShapeProp(bind(module, captured.args, captured.kwargs)).run(module)
+    sites, skipped = FindSites(metas).run(module)
+    scoring = scoring_of(captured, sites, metas, find_metric(metric, moments), moments, correct)
     selection.check([*(site.name for site in sites), *(entry.layer for entry in (*skipped, *captured.skipped))])
     unwanted = [entry for site in sites if (entry := selection.reason_to_skip(site)) is not None]
     wanted = tuple(site for site in sites if site.name not in {entry.layer for entry in unwanted})
     with reporter(progress) as report:
         candidates, hopeless = FindCandidates(
-            wanted, selection, find_metric(metric), runtime, multiple, seed, ListCache(cache_dir), report, rule
+            wanted, selection, scoring, runtime, multiple, seed, ListCache(cache_dir), report, rule
         ).run(module)
     offered = {candidate.site for candidate in candidates}
     kept = tuple(site for site in wanted if site.name in offered)
@@ -91,7 +103,7 @@ def profile(
         skipped=(*captured.skipped, *skipped, *unwanted, *hopeless),
         before=cost_before(captured, runtime),
         rest=rest_cost(captured, kept, runtime),
-        metric=find_metric(metric),
+        metric=scoring.metric,
         target=target,
         rank_multiple=multiple,
         trainable=captured.trainable,
@@ -100,7 +112,49 @@ def profile(
         structure=captured.structure,
         weights=captured.weights,
         rank_rule=None if rule is None else str(rule),
+        corrected=correct,
+        moments=None if moments is None else moments.fingerprint,
     )
+
+
+def scoring_of(
+    captured: Capture,
+    sites: Sequence[Site],
+    metas: dict[str, TensorMeta],
+    metric: str,
+    moments: Moments | None,
+    correct: bool,
+) -> Scoring:
+    """What errors are measured in; means of the inputs from moments, or from BatchNorm where there are none.
+
+    Raises:
+        PlanError: the moments are of another model or graph, or lack what the metric needs.
+    """
+    if moments is None and needs_moments(metric):
+        raise PlanError(f"metric {metric} needs moments; make them with tdfx.calibrate, or give calibration data")
+    if moments is not None:
+        _check_moments(captured, metric, moments)
+    if not correct:
+        return Scoring(metric, moments, {})
+    means = InputMeans(tuple(sites), metas).run(captured.module) if moments is None else taken_means(moments)
+    return Scoring(metric, moments, means)
+
+
+def _check_moments(captured: Capture, metric: str, moments: Moments) -> None:
+    if not isinstance(moments, Moments):
+        raise OptionError(f"moments is a {type(moments).__name__}; expected what tdfx.calibrate returned")
+    if (moments.structure, moments.weights) != (captured.structure, captured.weights):
+        raise PlanError(
+            f"the moments are of another model (fingerprint {moments.weights[:8]}, this model {captured.weights[:8]}); "
+            "calibrate this one"
+        )
+    if moments.trainable != captured.trainable:
+        raise PlanError(
+            f"the moments were taken with trainable={moments.trainable}, the model was captured with "
+            f"trainable={captured.trainable}; use the same for both"
+        )
+    if metric == LOSS and moments.output is None:
+        raise PlanError('metric loss needs moments of the loss; calibrate with metric="loss", or use metric="feature"')
 
 
 def cost_before(captured: Capture, target: Target | None) -> Cost:

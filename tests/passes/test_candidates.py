@@ -21,11 +21,13 @@ from tdfx.rank_rules import RankRule
 from tdfx.records.candidate import Candidate
 from tdfx.records.cost import Workload
 from tdfx.records.layer import Site, Skipped
+from tdfx.scoring import Scoring
 from tdfx.selection import Selection
 from tdfx.stages.capture import capture
 from tdfx.targets import ORT_CPU, Target, layer_cost
 
 METHODS = tuple(registry())
+WEIGHT = Scoring("weight:relative", None, {})
 
 
 class Net(nn.Module):
@@ -72,7 +74,9 @@ def find(
     x: Tensor = X,
 ) -> tuple[tuple[Candidate, ...], tuple[Skipped, ...]]:
     selection = Selection.of(methods, None, None, overrides)
-    return FindCandidates(sites_of(module, x), selection, metric, target, multiple, seed, ListCache(cache)).run(module)
+    return FindCandidates(
+        sites_of(module, x), selection, Scoring(metric, None, {}), target, multiple, seed, ListCache(cache)
+    ).run(module)
 
 
 @pytest.mark.parametrize("target", [None, ORT_CPU])
@@ -215,9 +219,7 @@ def ruled(module: fx.GraphModule, text: str, method: str = "tucker2", **options:
     selection = Selection.of([method], None, None, options.pop("overrides", None))
     multiple, target = options.pop("multiple", 1), options.pop("target", None)
     cache = ListCache(options.pop("cache", None))
-    find = FindCandidates(
-        sites_of(module), selection, "weight:relative", target, multiple, 0, cache, rule=RankRule.parse(text)
-    )
+    find = FindCandidates(sites_of(module), selection, WEIGHT, target, multiple, 0, cache, rule=RankRule.parse(text))
     found, skipped = find.run(module)
     return {candidate.site: candidate for candidate in found}, {entry.layer: entry.reason for entry in skipped}
 
@@ -345,7 +347,7 @@ def test_progress_counts_the_sites(module: fx.GraphModule) -> None:
     FindCandidates(
         sites_of(module),
         Selection.of(["svd"], None, None, None),
-        "weight:relative",
+        WEIGHT,
         None,
         4,
         0,

@@ -100,7 +100,7 @@ def test_order_is_stable_and_candidates_have_a_line_each() -> None:
         "trainable",
         "seed",
     ]
-    order += ["latency_source", "structure", "weights", "notes", "candidates", "skipped"]
+    order += ["latency_source", "structure", "weights", "notes", "corrected", "moments", "candidates", "skipped"]
     assert list(json.loads(text)) == order
     assert [line for line in text.split("\n") if '"site": "conv1"' in line] == [
         '    {"site": "conv1", "method": "tucker2", "rank": [16, 32], "cost": {"params": 120, "macs": 4000, '

@@ -127,9 +127,12 @@ def test_the_result_computes_the_model_with_the_reconstructed_weights() -> None:
                 v for n, v in result.module.state_dict().items() if n.startswith(prefix) and n.endswith("weight")
             ]
             weight = registry()[candidate.method].reconstruct(factors)
+            biases = [v for n, v in result.module.state_dict().items() if n.startswith(prefix) and n.endswith("bias")]
             if candidate.site == "0":
                 scale = folded_weights(model)["0"].sum((1, 2, 3)) / state["0.weight"].double().sum((1, 2, 3))
                 weight = (weight.double() / scale[:, None, None, None]).float()
+            elif biases:
+                state[f"{candidate.site}.bias"] = biases[0]
             state[f"{candidate.site}.weight"] = weight.detach()
     model.load_state_dict(state)
     assert largest_ratio(output(model), output(result.module)) < 1e-5
@@ -263,7 +266,7 @@ def test_a_layer_that_the_plan_leaves_out_is_named() -> None:
     ("change", "message"),
     [
         ({"target": "gpu"}, "the plan cannot be carried out: target is 'gpu'"),
-        ({"metric": "loss"}, "the plan cannot be carried out: unknown metric 'loss'"),
+        ({"metric": "entropy"}, "the plan cannot be carried out: unknown metric 'entropy'"),
     ],
 )
 def test_a_target_or_metric_that_does_not_exist(change: dict[str, Any], message: str) -> None:
@@ -383,7 +386,7 @@ def test_factors_that_do_not_fit_are_named(edit: Callable[[dict[str, Any]], obje
 
 
 def test_moments_are_refused() -> None:
-    with pytest.raises(PlanError, match="metric is weight:relative, which takes no moments; leave moments out"):
+    with pytest.raises(PlanError, match="the plan was made without moments; leave moments out"):
         apply(network(), INPUTS, planned(), moments={})  # type: ignore[arg-type]
 
 

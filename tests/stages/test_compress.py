@@ -114,8 +114,9 @@ def test_the_signature_is_the_public_one() -> None:
     positional = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
     assert positional == ["model", "example_inputs", "example_kwargs"]
     assert [p.name for p in parameters if p.kind is p.KEYWORD_ONLY] == [
-        "budget", "methods", "ranks", "include", "exclude", "overrides", "metric", "planner", "target", "rank_multiple",
-        "trainable", "verify", "seed", "cache_dir", "progress",
+        "budget", "methods", "ranks", "include", "exclude", "overrides", "metric", "calibration",
+        "output", "correct", "planner", "target", "rank_multiple", "trainable", "verify", "seed", "cache_dir",
+        "progress",
     ]  # fmt: skip
 
 

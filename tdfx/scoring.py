@@ -1,0 +1,68 @@
+"""What the errors of a network's sites are measured in, and which of their biases are corrected."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from tdfx.decompositions.base import norm_in
+from tdfx.decompositions.metric import Metric
+from tdfx.metrics import error_of, form_of, needs_moments
+from tdfx.moments import Moments
+from tdfx.records.layer import Site
+
+
+@dataclass(frozen=True, eq=False)
+class Scoring:
+    """Metric, moments, and means of the inputs.
+
+    A weight W~ in place of W moves a layer's mean output by (W - W~) m, m the mean of its input; where m is known the
+    bias takes it back. A layer without a bias gains one.
+
+    Attributes:
+        metric: full name.
+        moments: None where there is no data.
+        means: m by site, (in k k,) float64; empty if biases are not to be corrected.
+    """
+
+    metric: str
+    moments: Moments | None
+    means: Mapping[str, Tensor]
+
+    def obstacle(self, site: Site) -> str | None:
+        """Why the metric says nothing of a site, None if it does."""
+        if not needs_moments(self.metric) or (self.moments is not None and site.name in self.moments.sites):
+            return None
+        reasons = () if self.moments is None else self.moments.skipped
+        return next((entry.reason for entry in reasons if entry.layer == site.name), "it has no moments")
+
+    def form(self, site: Site) -> Metric | None:
+        """What the site's factors are solved in; None for the Frobenius norm."""
+        moments = None if self.moments is None else self.moments.sites.get(site.name)
+        return form_of(self.metric, moments, corrected=site.name in self.means)
+
+    def chained(self, site: Site) -> Site:
+        """The site as its chain has it, with a bias where one is corrected."""
+        if site.name not in self.means or site.layer.bias:
+            return site
+        return Site.of(replace(site.layer, bias=True))
+
+    def bias(self, site: Site, bias: Tensor | None, difference: Tensor) -> Tensor | None:
+        """The chain's bias, for the layer's bias and the difference W - W~ of their weights."""
+        mean = self.means.get(site.name)
+        if mean is None:
+            return bias
+        shift = difference.flatten(1) @ mean
+        return shift if bias is None else bias.detach().double() + shift
+
+    def error(self, weight: Tensor, difference: Tensor, form: Metric | None) -> float:
+        """The error, in the metric, of a difference of weights."""
+        return error_of(self.metric, norm_in(form, difference), weight, form)
+
+
+def taken_means(moments: Moments) -> dict[str, Tensor]:
+    """Means of the inputs that moments hold, in float64."""
+    return {name: site.mean.to(torch.float64) for name, site in moments.sites.items()}
