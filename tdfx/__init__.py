@@ -1,7 +1,7 @@
 """tdfx: compresses trained PyTorch networks by tensor decomposition, to a budget, verified.
 
-``compress`` does all of it; ``capture``, ``profile``, ``plan``, ``apply`` and ``export_onnx`` are its stages;
-``save`` and ``load`` keep results.
+``compress`` does all of it; ``capture``, ``calibrate``, ``profile``, ``plan``, ``apply`` and ``export_onnx`` are its
+stages; ``tune`` trains a result without labels; ``save`` and ``load`` keep results.
 """
 
 from tdfx.budget import Budget
@@ -17,6 +17,7 @@ from tdfx.errors import (
     VerificationError,
     WeightError,
 )
+from tdfx.moments import Moments, SiteMoments
 from tdfx.onnx_export import ExportReport, export_onnx
 from tdfx.records.candidate import Candidate
 from tdfx.records.capture import Capture
@@ -28,10 +29,12 @@ from tdfx.records.profile import Profile
 from tdfx.records.result import Report, Result
 from tdfx.saving import load, save
 from tdfx.stages.apply import apply
+from tdfx.stages.calibrate import calibrate
 from tdfx.stages.capture import capture
 from tdfx.stages.compress import compress
 from tdfx.stages.plan import plan
 from tdfx.stages.profile import profile
+from tdfx.stages.tune import tune
 from tdfx.version import VERSION as __version__
 
 __all__ = [
@@ -46,6 +49,7 @@ __all__ = [
     "InputError",
     "InputSpec",
     "LayerSpec",
+    "Moments",
     "OptionError",
     "PassError",
     "Plan",
@@ -54,12 +58,14 @@ __all__ = [
     "Report",
     "Result",
     "Site",
+    "SiteMoments",
     "Skipped",
     "TdfxError",
     "VerificationError",
     "WeightError",
     "__version__",
     "apply",
+    "calibrate",
     "capture",
     "compress",
     "export_onnx",
@@ -67,4 +73,5 @@ __all__ = [
     "plan",
     "profile",
     "save",
+    "tune",
 ]

@@ -73,14 +73,15 @@ def test_options_reach_compress(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stages, "compress_model", called)
     options = (
         "--include first --include second --exclude third --metric weight:scaled --planner other --target none "
-        "--rank-multiple 2 --trainable --verify full --seed 3 --cache-dir c"
+        "--no-correct --rank-multiple 2 --trainable --verify full --seed 3 --cache-dir c"
     )
     arguments = ["compress", "net.py:make", *ARGUMENTS, "--out", "out", *options.split()]
     with pytest.raises(Called) as caught:
         CliRunner().invoke(cli.app, arguments, catch_exceptions=False)
     assert caught.value.args[0] == {
         "budget": tdfx.Budget.parse("params=60%"), "ranks": None, "methods": ["spatial_svd", "svd"],
-        "include": ["first", "second"], "exclude": ["third"], "metric": "weight:scaled", "planner": "other",
+        "include": ["first", "second"], "exclude": ["third"], "metric": "weight:scaled", "calibration": None,
+        "correct": False, "planner": "other",
         "target": None, "rank_multiple": 2, "trainable": True, "verify": "full", "seed": 3, "cache_dir": Path("c"),
     }  # fmt: skip
 

@@ -27,6 +27,9 @@ INPUT_HELP = (
 BUDGET_HELP = 'For example "flops=50%" or "params=2M,flops=1.2G".'
 RANKS_HELP = "Instead of a budget: vbmf, energy=0.95, ratio=0.33 or compression=75%, with one method."
 CACHE_HELP = 'Keeps errors between runs; ~/.cache/tdfx if left out, "none" for no cache.'
+METRIC_HELP = "Of the errors: loss with --data, weight:relative without; or feature, weight, each :absolute or :scaled."
+DATA_HELP = "Unlabeled inputs: .npy, .npz, .pt, a folder of images, or package.module:function or file.py:function."
+CORRECT_HELP = "Give the outputs of compressed layers their mean back, and with --data their spread."
 FIXED_HELP = "The ONNX file takes the inputs' batch size only; for models that compute with no other."
 
 Model = Annotated[str, Argument(metavar="MODEL", help=MODEL_HELP)]
@@ -37,7 +40,13 @@ Ranks = Annotated[str | None, Option(metavar="RULE", help=RANKS_HELP)]
 Methods = Annotated[str | None, Option(metavar="A,B", help="Methods to choose from; all if left out.")]
 Include = Annotated[list[str] | None, Option(metavar="GLOB", help="Only layers of such names.")]
 Exclude = Annotated[list[str] | None, Option(metavar="GLOB", help="No layers of such names.")]
-Metric = Annotated[str | None, Option(help="Of the errors: weight:relative if left out.")]
+Metric = Annotated[str | None, Option(help=METRIC_HELP)]
+Data = Annotated[str | None, Option(metavar="DATA", help=DATA_HELP)]
+Samples = Annotated[int | None, Option(min=1, help="Of --data; all if left out.")]
+Mean = Annotated[str | None, Option(metavar="A,B,C", help="By channel, of a folder of images; 0 if left out.")]
+Std = Annotated[str | None, Option(metavar="A,B,C", help="By channel, of a folder of images; 1 if left out.")]
+Output = Annotated[str, Option(help="What the model returns: logits, values, or auto to decide by shape.")]
+Correct = Annotated[bool, Option("--correct/--no-correct", help=CORRECT_HELP)]
 Planner = Annotated[str, Option(help=f"What chooses methods and ranks: {' or '.join(planners())}.")]
 Target = Annotated[str, Option(help='Runtime the result is meant for, or "none".')]
 RankMultiple = Annotated[int | None, Option(help="Grid of ranks, 1: any; if left out the target's, or 1 with --ranks.")]

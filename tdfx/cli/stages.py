@@ -13,6 +13,7 @@ from tdfx.cli import options as given
 from tdfx.cli.listings import parity
 from tdfx.cli.options import Verify
 from tdfx.cli.support import (
+    Source,
     cache_folder,
     exit_codes,
     model_and_inputs,
@@ -23,6 +24,7 @@ from tdfx.cli.support import (
 )
 from tdfx.files import replacing, write_text
 from tdfx.loading import draw_inputs, example_inputs, open_model
+from tdfx.moments import Moments
 from tdfx.records.plan import Plan
 from tdfx.records.profile import Profile
 from tdfx.saving import FILES, ONNX, load, output_folder
@@ -31,6 +33,9 @@ from tdfx.stages.capture import capture
 from tdfx.stages.compress import compress as compress_model
 from tdfx.stages.plan import plan as make_plan
 from tdfx.stages.profile import profile as make_profile
+from tdfx.stages.tune import tune as tune_result
+
+MOMENTS = "moments.safetensors"
 
 
 def compress(
@@ -44,6 +49,13 @@ def compress(
     include: given.Include = None,
     exclude: given.Exclude = None,
     metric: given.Metric = None,
+    data: given.Data = None,
+    samples: given.Samples = None,
+    mean: given.Mean = None,
+    std: given.Std = None,
+    output: given.Output = "auto",
+    correct: given.Correct = True,
+    tune: Annotated[float | None, typer.Option(metavar="MINUTES", help="Train on --data, without labels.")] = None,
     planner: given.Planner = "knapsack",
     target: given.Target = "ort-cpu",
     rank_multiple: given.RankMultiple = None,
@@ -59,9 +71,16 @@ def compress(
     with exit_codes(debug):
         if (budget is None) == (ranks is None):
             raise typer.BadParameter("give exactly one of --budget and --ranks")
+        if tune is not None and data is None:
+            raise typer.BadParameter("name the inputs to train on by --data", param_hint="--tune")
         limits = None if budget is None else Budget.parse(budget)
-        with output_folder(out) as output:
+        cache = cache_folder(cache_dir)
+        with output_folder(out) as folder:
             network, args, kwargs = model_and_inputs(model, weights, inputs, seed)
+            moments = None
+            if data is not None:
+                captured = capture(network, args, kwargs, trainable=trainable)
+                moments = Source(data, samples, mean, std, output).moments(captured, metric, seed, cache)
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", module=r"tdfx\.cli")  # the plan's notes, which the report prints
                 result = compress_model(
@@ -74,15 +93,20 @@ def compress(
                     include=include or None,
                     exclude=exclude or None,
                     metric=metric,
+                    calibration=moments,
+                    correct=correct,
                     planner=planner,
                     target=unless_none(target),
                     rank_multiple=rank_multiple,
                     trainable=trainable,
                     verify=verify.value,
                     seed=seed,
-                    cache_dir=cache_folder(cache_dir),
+                    cache_dir=cache,
                 )
-            written = write_onnx(output, result, args, kwargs, opset, fixed_batch)
+            if tune is not None and data is not None:
+                found = Source(data, samples, mean, std, output).read(captured)
+                result = tune_result(result, found, output=output, minutes=tune, seed=seed, cache_dir=cache)
+            written = write_onnx(folder, result, args, kwargs, opset, fixed_batch)
         typer.echo(f"{result.report}\n\n{parity(written)}\n{_files(out, ONNX, *FILES)}; tdfx.load reads it")
 
 
@@ -96,6 +120,12 @@ def profile(
     include: given.Include = None,
     exclude: given.Exclude = None,
     metric: given.Metric = None,
+    data: given.Data = None,
+    samples: given.Samples = None,
+    mean: given.Mean = None,
+    std: given.Std = None,
+    output: given.Output = "auto",
+    correct: given.Correct = True,
     target: given.Target = "ort-cpu",
     rank_multiple: given.RankMultiple = None,
     trainable: given.Trainable = False,
@@ -103,23 +133,36 @@ def profile(
     cache_dir: given.CacheDir = None,
     debug: given.Debug = False,
 ) -> None:
-    """Find what can be compressed and what each choice costs and loses; the slow stage, kept in a cache."""
+    """Find what can be compressed and what each choice costs and loses; the slow stage, kept in a cache.
+
+    With --data the moments of the inputs go to moments.safetensors beside it, for tdfx apply.
+    """
     with exit_codes(debug), replacing(out) as staged:
         network, args, kwargs = model_and_inputs(model, weights, inputs, seed)
+        captured = capture(network, args, kwargs, trainable=trainable)
+        cache = cache_folder(cache_dir)
+        moments = None
+        if data is not None:
+            moments = Source(data, samples, mean, std, output).moments(captured, metric, seed, cache)
         found = make_profile(
-            capture(network, args, kwargs, trainable=trainable),
+            captured,
             methods=names(methods),
             ranks=ranks,
             include=include or None,
             exclude=exclude or None,
             metric=metric,
+            moments=moments,
+            correct=correct,
             target=unless_none(target),
             rank_multiple=rank_multiple,
             seed=seed,
-            cache_dir=cache_folder(cache_dir),
+            cache_dir=cache,
         )
         write_text(staged, found.to_json())
-        typer.echo(f"{found}\n\n{out}: profile; tdfx plan reads it")
+        if moments is not None:
+            moments.save(staged.parent / MOMENTS)  # goes with the profile when that is in its place
+        beside = "" if moments is None else f"\n{out.parent / MOMENTS}: moments; tdfx apply takes them as --moments"
+        typer.echo(f"{found}\n\n{out}: profile; tdfx plan reads it{beside}")
 
 
 def plan(
@@ -143,16 +186,33 @@ def apply(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for weights, structure, plan and report.")],
     inputs: given.Inputs = None,
     weights: given.Weights = None,
+    moments: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="What tdfx profile --data wrote; for plans made with data.")
+    ] = None,
+    data: given.Data = None,
+    samples: given.Samples = None,
+    mean: given.Mean = None,
+    std: given.Std = None,
+    output: given.Output = "auto",
+    cache_dir: given.CacheDir = None,
     verify: given.Verification = Verify.PLAN,
     debug: given.Debug = False,
 ) -> None:
-    """Carry a plan out on a model and save the result."""
+    """Carry a plan out on a model and save the result; a plan made with data takes --moments, or --data again."""
     with exit_codes(debug):
+        if moments is not None and data is not None:
+            raise typer.BadParameter("give one of --moments and --data")
         chosen = read_record(Plan, file)
-        with output_folder(out, FILES) as output:
+        found = None if moments is None else Moments.load(moments)
+        with output_folder(out, FILES) as folder:
             network, args, kwargs = model_and_inputs(model, weights, inputs, chosen.seed)
-            result = apply_plan(network, args, chosen, example_kwargs=kwargs, verify=verify.value)
-            output.save_result(result)
+            if data is not None:
+                captured = capture(network, args, kwargs, trainable=chosen.trainable)
+                cache = cache_folder(cache_dir)
+                source = Source(data, samples, mean, std, output)
+                found = source.moments(captured, chosen.metric, chosen.seed, cache)
+            result = apply_plan(network, args, chosen, example_kwargs=kwargs, moments=found, verify=verify.value)
+            folder.save_result(result)
         typer.echo(f"{result.report}\n\n{_files(out, *FILES)}; tdfx.load and tdfx export read it")
         if (out / ONNX).exists():
             typer.echo(f"note: {out / ONNX} was there before; tdfx export {out} writes it anew")

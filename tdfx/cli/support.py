@@ -6,7 +6,7 @@ import os
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar, cast
 
@@ -15,13 +15,19 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from tdfx.cache import user_cache
+from tdfx.cli.data import load_data
 from tdfx.errors import InputError, PlanError, TdfxError
 from tdfx.loading import example_inputs, is_program, open_model, program_inputs
+from tdfx.metrics import LOSS
+from tdfx.moments import Moments
 from tdfx.onnx_export import ExportReport, export_onnx
+from tdfx.passes.shape_prop import bind
+from tdfx.records.capture import Capture
 from tdfx.records.plan import Plan
 from tdfx.records.profile import Profile
 from tdfx.records.result import Report, Result
 from tdfx.saving import ONNX, Output
+from tdfx.stages.calibrate import calibrate
 
 NONE = "none"
 Record = TypeVar("Record", bound=Plan | Profile | Report)
@@ -88,6 +94,59 @@ def cache_folder(cache_dir: str | None) -> Path | None:
     except OSError:
         return None
     return folder if os.access(folder, os.W_OK) else None
+
+
+@dataclass(frozen=True)
+class Source:
+    """What ``--data`` names, and how it is read.
+
+    Attributes:
+        data: the text of ``--data``.
+        samples: how many of them to calibrate on; None for all.
+        mean: by channel, of a folder of images, joined by commas.
+        std: likewise.
+        output: "logits", "values" or "auto".
+    """
+
+    data: str
+    samples: int | None
+    mean: str | None
+    std: str | None
+    output: str
+
+    def read(self, captured: Capture) -> object:
+        """The inputs, for this model.
+
+        Raises:
+            InputError: they cannot be read, or do not fit.
+        """
+        placeholders = [str(node.target) for node in captured.module.graph.nodes if node.op == "placeholder"]
+        shapes = [tuple(value.shape) for value in bind(captured.module, captured.args, captured.kwargs)]
+        mean, std = _numbers(self.mean, "--mean"), _numbers(self.std, "--std")
+        return load_data(self.data, placeholders, shapes, mean=mean, std=std)
+
+    def moments(self, captured: Capture, metric: str | None, seed: int, cache: Path | None) -> Moments:
+        """Moments of the model, of the loss too unless the metric does without.
+
+        Raises:
+            InputError, OptionError: as for ``load_data`` and ``calibrate``.
+        """
+        return calibrate(
+            captured,
+            self.read(captured),
+            metric=LOSS if metric in (None, LOSS) else "feature",
+            output=self.output,
+            samples=self.samples,
+            seed=seed,
+            cache_dir=cache,
+        )
+
+
+def _numbers(text: str | None, option: str) -> list[float] | None:
+    try:
+        return None if text is None else [float(part) for part in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is no list of numbers like 0.5,0.5,0.5", param_hint=option) from None
 
 
 def read_file(path: Path) -> str:

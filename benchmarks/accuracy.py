@@ -1,0 +1,232 @@
+"""Top-1 of compressed CIFAR ResNets without labels: by metric, with corrections and with tuning.
+
+    python benchmarks/accuracy.py --data DIR [--keep rows.jsonl]
+
+Budgets are shares of the whole model's FLOPs. Calibration images are drawn from the training set by seed, without their
+labels; top-1 is on the test images. Speed is the median time of the original over that of the result, both ONNX files
+run in turn in one process, one thread, batch 2. With --keep every finished row is written at once, and a run that was
+stopped goes on from there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+from statistics import mean
+
+import torch
+from cifar import images, top1, trained_resnet
+from torch import Tensor, nn
+
+import tdfx
+from tdfx.stages.apply import carry_out
+from tdfx.tables import align
+from tdfx.timing import interleaved_medians
+
+VARIANTS = {
+    "weight": ("weight", False),
+    "weight + correction": ("weight", True),
+    "feature": ("feature", True),
+    "loss": ("loss", True),
+}
+TUNED = " + tune"
+HEADER = ("network", "variant", "grid", "asked", "FLOPs", "params", "top-1", "spread", "drop", "speed", "seconds", "GB")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One compressed network; ``seconds`` from profile to the finished network, ``gigabytes`` at most so far."""
+
+    depth: int
+    variant: str
+    grid: int
+    budget: int
+    seed: int
+    flops: float
+    params: float
+    score: float
+    dense: float
+    speed: float
+    seconds: float
+    gigabytes: float
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """What was asked for."""
+        return self.depth, self.variant, self.grid, self.budget, self.seed
+
+
+def main() -> None:
+    """Prints one line per network, variant, grid and budget: means over the seeds."""
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--data", type=Path, default=os.environ.get("TDFX_DATA"), help="folder with the CIFAR files")
+    options.add_argument("--depths", type=int, nargs="+", default=[20, 56])
+    options.add_argument(
+        "--budgets", type=int, nargs="+", default=[70, 50, 30, 20], help="percent of the model's FLOPs"
+    )
+    options.add_argument("--grids", type=int, nargs="+", default=[1, 16], help="rank_multiple")
+    options.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    options.add_argument("--images", type=int, default=1024, help="for calibration")
+    options.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
+    options.add_argument("--tune", type=int, nargs="*", default=[30, 20], help="budgets at which loss is tuned as well")
+    options.add_argument("--tune-images", type=int, default=8192)
+    options.add_argument("--methods", nargs="+", default=["svd", "spatial_svd", "tucker2", "cp"])
+    options.add_argument("--cache", type=Path, default=None, help="folder that keeps errors and moments between runs")
+    options.add_argument("--keep", type=Path, default=None, help="file that keeps finished rows between runs")
+    arguments = options.parse_args()
+    if arguments.data is None:
+        options.error("name the folder with the CIFAR files by --data or TDFX_DATA")
+    kept = _read(arguments.keep)
+    data = Path(arguments.data)
+    test, train = images(data, "test"), images(data, "train")[0]
+    for depth, seed, grid, variant in product(arguments.depths, arguments.seeds, arguments.grids, arguments.variants):
+        wanted = [b for b in arguments.budgets if (depth, variant, grid, b, seed) not in kept]
+        tuned = [
+            b
+            for b in arguments.tune
+            if variant == "loss" and b in arguments.budgets and (depth, variant + TUNED, grid, b, seed) not in kept
+        ]
+        if not wanted and not tuned:
+            continue
+        for row in compress_all(depth, seed, grid, variant, sorted({*wanted, *tuned}), tuned, arguments, test, train):
+            if row.key in kept:
+                continue
+            kept[row.key] = row
+            if arguments.keep is not None:
+                with arguments.keep.open("a") as file:
+                    file.write(json.dumps(asdict(row)) + "\n")
+            print(
+                *row.key, f"{row.score:.2f} ({row.dense:.2f})", f"{row.speed:.2f}x", f"{row.seconds:.0f} s", flush=True
+            )
+    print(f"\n{torch.get_num_threads()} threads, {arguments.images} calibration images, no labels\n")
+    print(align(HEADER, table(kept.values()), right=range(2, len(HEADER))))
+
+
+def compress_all(
+    depth: int,
+    seed: int,
+    grid: int,
+    variant: str,
+    budgets: list[int],
+    tuned: list[int],
+    arguments: argparse.Namespace,
+    test: tuple[Tensor, Tensor],
+    train: Tensor,
+) -> Iterator[Row]:
+    """Rows for all budgets: one profile, then a plan and a network each."""
+    model, example = trained_resnet(Path(arguments.data), depth), test[0][:2]
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
+    calibration = train[order[: arguments.images]]
+    metric, correct = VARIANTS[variant]
+    started = time.perf_counter()
+    captured = tdfx.capture(model, example)
+    moments = None
+    if metric != "weight":
+        moments = tdfx.calibrate(captured, calibration, metric=metric, seed=seed, cache_dir=arguments.cache)
+    profiled = tdfx.profile(
+        captured,
+        methods=arguments.methods,
+        metric=metric,
+        moments=moments,
+        correct=correct,
+        # Free ranks are for accuracy alone; ranks on the grid are those that the target's estimate calls faster.
+        target=None if grid == 1 else "ort-cpu",
+        rank_multiple=grid,
+        seed=seed,
+        cache_dir=arguments.cache,
+    )
+    profile_s = time.perf_counter() - started
+    dense = top1(model, *test)
+    for budget in budgets:
+        started = time.perf_counter()
+        try:
+            result = carry_out(captured, tdfx.plan(profiled, f"flops={budget}%"), moments=moments)
+        except tdfx.BudgetError as error:
+            print(
+                depth, variant, grid, f"{budget}%: least {error.least['flops'] / profiled.before.flops:.1%}", flush=True
+            )
+            continue
+        seconds = profile_s + time.perf_counter() - started
+        yield _row(depth, variant, grid, budget, seed, result, model, dense, test, seconds)
+        if budget in tuned:
+            pool = train[order[: arguments.tune_images]]
+            result = tdfx.tune(result, pool, minutes=3.0, seed=seed)
+            seconds = result.report.timings_s["tune"]
+            yield _row(depth, variant + TUNED, grid, budget, seed, result, model, dense, test, seconds)
+
+
+def _row(
+    depth: int,
+    variant: str,
+    grid: int,
+    budget: int,
+    seed: int,
+    result: tdfx.Result,
+    model: nn.Module,
+    dense: float,
+    test: tuple[Tensor, Tensor],
+    seconds: float,
+) -> Row:
+    return Row(
+        depth, variant, grid, budget, seed,
+        flops=result.after.flops / result.before.flops,
+        params=result.after.params / result.before.params,
+        score=top1(result.module, *test),
+        dense=dense,
+        speed=_speed(model, result.module, test[0][:2]),
+        seconds=seconds,
+        gigabytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
+    )  # fmt: skip
+
+
+def _speed(model: nn.Module, compressed: nn.Module, example: Tensor) -> float:
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [Path(folder) / f"{name}.onnx" for name in ("before", "after")]
+        for module, path in zip((model, compressed), paths, strict=True):
+            tdfx.export_onnx(module, path, example)
+        before_s, after_s = interleaved_medians(paths, [example.numpy()])
+    return before_s / after_s
+
+
+def table(rows: object) -> list[tuple[str, ...]]:
+    """One line for the rows of all seeds."""
+    groups: dict[tuple[object, ...], list[Row]] = defaultdict(list)
+    for row in rows:  # type: ignore[attr-defined]
+        groups[row.key[:-1]].append(row)
+    lines = []
+    for (depth, variant, grid, budget), group in groups.items():
+        scores = [row.score for row in group]
+        lines.append(
+            (
+                f"ResNet-{depth}", str(variant), str(grid), f"{budget}%",
+                f"{mean(row.flops for row in group):.1%}",
+                f"{mean(row.params for row in group):.1%}",
+                f"{mean(scores):.2f}",
+                f"{max(scores) - min(scores):.2f} of {len(scores)}",
+                f"{group[0].dense - mean(scores):.2f}",
+                f"{mean(row.speed for row in group):.2f}x",
+                f"{mean(row.seconds for row in group):.0f}",
+                f"{max(row.gigabytes for row in group):.1f}",
+            )
+        )  # fmt: skip
+    return lines
+
+
+def _read(path: Path | None) -> dict[tuple[object, ...], Row]:
+    if path is None or not path.exists():
+        return {}
+    rows = [Row(**json.loads(line)) for line in path.read_text().splitlines()]
+    return {row.key: row for row in rows}
+
+
+if __name__ == "__main__":
+    main()

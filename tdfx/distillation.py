@@ -1,0 +1,217 @@
+"""A network in training to give recorded outputs for recorded inputs, and the best state of it.
+
+Distillation (Hinton, Vinyals and Dean 2015, section 2, at temperature 1) with AdamW (Loshchilov and Hutter 2019,
+algorithm 2) on a one-cycle schedule (Smith and Topin 2018).
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from tdfx.contained import reason
+from tdfx.divergence import divergence, variance
+from tdfx.errors import InputError
+from tdfx.files import replacing
+from tdfx.inputs import tensors
+from tdfx.records.plan import MOST_SEED
+
+WARM_UP, LEAST_SHARE = 0.3, 0.04
+"""Share of the steps in which the learning rate rises, and share of its peak that it starts from."""
+
+WEIGHT_DECAY = 0.01
+LARGEST_GRADIENT = 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """What is to be learnt, and from which samples.
+
+    Attributes:
+        inputs: one tensor for each input of the network, all samples.
+        wanted: outputs for them, floats with a row for each sample.
+        chosen: which of the network's outputs these are.
+        output: "logits" or "values", as ``divergence`` takes it.
+        trained: indices of the samples to train on.
+        held: of those held out.
+        variances: of each output in ``wanted``.
+    """
+
+    inputs: tuple[Tensor, ...]
+    wanted: tuple[Tensor, ...]
+    chosen: tuple[int, ...]
+    output: str
+    trained: Tensor
+    held: Tensor
+    variances: tuple[Tensor, ...]
+
+    @classmethod
+    def split(
+        cls,
+        inputs: tuple[Tensor, ...],
+        wanted: tuple[Tensor, ...],
+        chosen: tuple[int, ...],
+        output: str,
+        held_out: float,
+        seed: int,
+    ) -> Task:
+        """Holds a share of the samples out, at least one, and leaves at least one."""
+        order = torch.randperm(len(inputs[0]), generator=torch.Generator().manual_seed(seed))
+        held = min(max(1, round(held_out * len(order))), len(order) - 1)
+        return cls(inputs, wanted, chosen, output, order[held:], order[:held], tuple(map(variance, wanted)))
+
+    def found(self, network: nn.Module, rows: Tensor) -> list[Tensor]:
+        """The chosen outputs of a network for these samples."""
+        outputs = list(tensors(network(*(value[rows] for value in self.inputs))))
+        return [outputs[index] for index in self.chosen]
+
+    def divergence(self, found: Sequence[Tensor], rows: Tensor) -> Tensor:
+        """How far these outputs for these samples are from those wanted."""
+        return divergence([value[rows] for value in self.wanted], found, self.output, self.variances)
+
+    def shuffled(self, size: int, seed: int) -> Iterator[Tensor]:
+        """Whole batches of the samples to train on without end, in a new order every epoch."""
+        generator = torch.Generator().manual_seed(seed)
+        while True:
+            order = self.trained[torch.randperm(len(self.trained), generator=generator)]
+            for first in range(0, len(order) - size + 1, size):
+                yield order[first : first + size]
+
+
+class Student:
+    """A copy of a network in training; what was given stays as it is.
+
+    Attributes:
+        step: steps taken.
+        total: steps of the schedule; to be set before the first one.
+        before: divergence on the held-out samples at the start.
+        least: the least one so far, infinite until there is a finite one.
+        best: parameters and buffers that had it.
+        seconds: kept for the caller, as a part of what ``save`` writes.
+
+    Raises:
+        InputError: the network does not run on the samples.
+    """
+
+    def __init__(
+        self, module: nn.Module, task: Task, *, learning_rate: float, batch_size: int, seed: int, train_mode: bool
+    ) -> None:
+        self.task = task
+        self.learning_rate = learning_rate
+        self.batch_size = batch_size
+        self.seed = seed
+        self.train_mode = train_mode
+        self.network = copy.deepcopy(module)
+        self.weights = [weight for weight in self.network.parameters() if weight.is_floating_point()]
+        for weight in self.weights:
+            weight.requires_grad_(True)
+        self.best = _snapshot(self.network)
+        self.total = 0
+        self.seconds = 0.0
+        self.restart()
+        self.before = self._choose_layout()
+        self.least = self.before if math.isfinite(self.before) else math.inf
+
+    def restart(self) -> None:
+        """Back to the best state, as if no step had been taken."""
+        set_state(self.network, self.best)
+        self.optimizer = torch.optim.AdamW(self.weights, weight_decay=WEIGHT_DECAY)
+        self.step = 0
+
+    def advance(self, rows: Tensor) -> bool:
+        """One step on these samples; False, and no step, where the loss is no number."""
+        self.network.train(self.train_mode and len(rows) > 1)  # one sample has no variance for BatchNorm
+        torch.manual_seed((self.seed + self.step) % MOST_SEED)  # Dropout draws the same after an interruption
+        loss = self.task.divergence(self.task.found(self.network, rows), rows)
+        if not math.isfinite(loss.item()):
+            return False
+        self.optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(self.weights, LARGEST_GRADIENT)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate * one_cycle(self.step / self.total)
+        self.optimizer.step()
+        self.step += 1
+        return True
+
+    def evaluate(self) -> float:
+        """Divergence on the held-out samples."""
+        self.network.eval()
+        with torch.no_grad():
+            parts = [self.task.found(self.network, rows) for rows in torch.split(self.task.held, self.batch_size)]
+            found = [torch.cat(part) for part in zip(*parts, strict=True)]
+            return self.task.divergence(found, self.task.held).item()
+
+    def keep_if_better(self) -> None:
+        """Makes this state the best one if it is on the held-out samples."""
+        found = self.evaluate()
+        if found < self.least:
+            self.least, self.best = found, _snapshot(self.network)
+
+    def save(self, path: Path) -> None:
+        """Writes all that ``resume`` needs to go on as if nothing had happened; whole or not at all."""
+        state = {name: getattr(self, name) for name in ("best", "step", "total", "seconds", "before", "least")}
+        state |= {"network": _snapshot(self.network), "optimizer": self.optimizer.state_dict()}
+        with replacing(path) as staged:
+            torch.save(state, staged)
+
+    def resume(self, path: Path) -> bool:
+        """Goes on from what ``save`` wrote; a file that cannot be read counts as missing."""
+        try:
+            state = torch.load(path, weights_only=True)
+        except Exception:
+            return False
+        set_state(self.network, state.pop("network"))
+        self.optimizer.load_state_dict(state.pop("optimizer"))
+        vars(self).update(state)
+        return True
+
+    def _choose_layout(self) -> float:
+        """Channels last where the network takes it: depthwise convolutions train twice as fast so; the divergence."""
+        convolutions = [module for module in self.network.modules() if isinstance(module, nn.Conv2d)]
+        _set_layout(convolutions, torch.channels_last)
+        try:
+            return self.evaluate()
+        except RuntimeError:  # Tensor.view refuses some of what comes out of them
+            _set_layout(convolutions, torch.contiguous_format)
+        try:
+            return self.evaluate()
+        except Exception as error:
+            raise InputError(
+                f"the compressed network does not run on {self.batch_size} samples of the data at once: "
+                f"{reason(error)}; check their shapes, or choose the batch_size of the example inputs"
+            ) from error
+
+
+def one_cycle(done: float) -> float:
+    """Share of the peak learning rate when this share of a run is done: half a cosine up, half a cosine down to 0."""
+    if done < WARM_UP:
+        return 1 + (LEAST_SHARE - 1) * (1 + math.cos(math.pi * done / WARM_UP)) / 2
+    return (1 + math.cos(math.pi * (done - WARM_UP) / (1 - WARM_UP))) / 2
+
+
+def set_state(module: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Writes these values into a module's parameters and buffers, in place."""
+    with torch.no_grad():
+        for name, tensor in _state(module):
+            tensor.copy_(values[name])
+
+
+def _snapshot(module: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in _state(module)}
+
+
+def _state(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    return chain(module.named_parameters(), module.named_buffers())
+
+
+def _set_layout(layers: Sequence[nn.Module], layout: torch.memory_format) -> None:
+    for layer in layers:
+        layer.to(memory_format=layout)  # type: ignore[call-overload]

@@ -1,0 +1,247 @@
+"""After ``apply``: trains a compressed network to give the original's outputs; takes inputs, no labels."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from tdfx.cache import ListCache
+from tdfx.contained import plain_attention, reason
+from tdfx.data import batches
+from tdfx.distillation import Student, Task, set_state
+from tdfx.divergence import OUTPUTS, resolve_output
+from tdfx.errors import InputError, OptionError
+from tdfx.fingerprint import tensor_digest, weights_fingerprint
+from tdfx.inputs import run
+from tdfx.passes.capture import isolate
+from tdfx.progress import Report as ProgressReport
+from tdfx.progress import reporter
+from tdfx.records.plan import MOST_SEED
+from tdfx.records.result import Report, Result
+from tdfx.version import VERSION
+
+EVALUATIONS = 8
+"""How often the held-out samples are looked at after the start."""
+
+MOST_EPOCHS = 50
+"""Of a run that only minutes limit; with more of them, small networks learn the samples by heart."""
+
+TRIAL_STEPS = 3
+SAVE_S = 20.0
+
+
+def tune(
+    result: Result,
+    data: object,
+    *,
+    original: nn.Module | None = None,
+    output: str = "auto",
+    epochs: int | None = None,
+    minutes: float | None = 3.0,
+    learning_rate: float = 5e-4,
+    batch_size: int = 128,
+    held_out: float = 0.125,
+    seed: int = 0,
+    cache_dir: str | Path | None = None,
+    progress: bool | ProgressReport | None = None,
+) -> Result:
+    """Trains all weights of a compressed network on what the original gives for the same inputs.
+
+    A part of the samples is held out. The weights returned are those, of the ones put in and of a few states on the
+    way, whose outputs diverge least from the original's there: on the held-out part they are never worse than what was
+    put in. A network with BatchNorm and Dropout (``trainable=True``) trains in train mode, any other in eval mode.
+
+    Args:
+        result: what ``compress`` or ``apply`` returned; it stays as it is.
+        data: inputs as for ``calibrate``; labels in it are not looked at. Kept in memory, with the original's outputs.
+        original: the network to learn from; None for ``result.original``.
+        output: "logits" (KL divergence), "values" (squared error over variance) or "auto", which goes by shapes.
+        epochs: how often every sample is seen; with it, the run depends on nothing but inputs and options.
+        minutes: without ``epochs``, about how long it takes: as many steps as fit by the time that the first ones
+            take on this machine; where there is time for an epoch, whole epochs of them, 50 at most.
+        learning_rate: peak of the one-cycle schedule.
+        batch_size: samples a step.
+        held_out: share of the samples that are held out.
+        seed: of the split, the order of the samples and Dropout.
+        cache_dir: folder for the state of the run, from which an interrupted one goes on; removed at its end.
+        progress: a function, True, False, or None for a bar on terminals only.
+
+    Returns:
+        The result with the tuned module, a note on what was gained and ``timings_s["tune"]``. Errors in the plan stay
+        those of the factors before.
+
+    Raises:
+        OptionError: an option is not understood; names it.
+        InputError: there is no original, there are fewer than 2 samples or such of different shapes, or a network does
+            not run on them.
+    """
+    settings = _Settings(output, epochs, minutes, learning_rate, batch_size, held_out, seed)
+    folder = ListCache(cache_dir).folder
+    started = time.perf_counter()
+    teacher = _teacher(result, original)
+    task = _task(result, teacher, data, settings)
+    path = None
+    if folder is not None:
+        digests = (*map(weights_fingerprint, (result.module, teacher)), *map(tensor_digest, task.inputs))
+        key = repr((VERSION, digests, task.output, settings))
+        path = folder / f"tune-{hashlib.sha256(key.encode()).hexdigest()[:32]}.pt"
+    with reporter(progress) as report, torch.enable_grad(), torch.random.fork_rng(devices=[]):
+        student = Student(
+            result.module,
+            task,
+            learning_rate=learning_rate,
+            batch_size=batch_size,
+            seed=seed,
+            train_mode=result.plan.trainable,
+        )
+        _train(student, settings, path, report, started)
+    tuned = copy.deepcopy(result.module)
+    set_state(tuned, student.best)
+    if path is not None:
+        path.unlink(missing_ok=True)
+    return replace(result, module=tuned, report=_noted(result, student))
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """The options that decide what comes out, checked."""
+
+    output: str
+    epochs: int | None
+    minutes: float | None
+    learning_rate: float
+    batch_size: int
+    held_out: float
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.output not in OUTPUTS:
+            raise OptionError(f"output is {self.output!r}; expected {', '.join(OUTPUTS)}")
+        if self.epochs is None and self.minutes is None:
+            raise OptionError("epochs and minutes are both None; expected one of them, to know when to stop")
+        for name, least in (("epochs", 1), ("batch_size", 1), ("seed", 0)):
+            value = getattr(self, name)
+            if not _is_number(value, int, least, MOST_SEED) and (name, value) != ("epochs", None):
+                raise OptionError(f"{name} is {value!r}; expected a whole number from {least} to {MOST_SEED}")
+        for name, most in (("minutes", math.inf), ("learning_rate", math.inf), ("held_out", 1.0)):
+            value = getattr(self, name)
+            is_inside = _is_number(value, int | float, 0.0, most) and value not in (0.0, most)
+            if not is_inside and (name, value) != ("minutes", None):
+                raise OptionError(f"{name} is {value!r}; expected a number between 0 and {most}, neither included")
+
+
+def _teacher(result: Result, original: nn.Module | None) -> nn.Module:
+    if original is not None:
+        return isolate(original)[0]
+    if result.original is None:
+        raise InputError("the result does not hold the network it was made from; pass that as original")
+    return result.original
+
+
+def _task(result: Result, teacher: nn.Module, data: object, settings: _Settings) -> Task:
+    """All samples with the original's outputs for them; of those, the ones that are floats with a row a sample."""
+    if not isinstance(result.module, fx.GraphModule):
+        raise InputError(f"the result's module is a {type(result.module).__name__}; expected a torch.fx.GraphModule")
+    names = [str(node.target) for node in result.module.graph.nodes if node.op == "placeholder"]
+    inputs = _read(data, names, settings.batch_size)
+    positional = sum(spec.name is None for spec in result.report.inputs)
+    parts: list[list[Tensor]] = []
+    chosen: set[int] | None = None
+    for batch in zip(*(torch.split(value, settings.batch_size) for value in inputs), strict=True):
+        kwargs = dict(zip(names[positional:], batch[positional:], strict=True))
+        try:
+            with plain_attention():
+                found = run(teacher, batch[:positional], kwargs)
+        except Exception as error:
+            raise InputError(f"the original does not run on the data: {reason(error)}") from error
+        rows = {i for i, value in enumerate(found) if value.is_floating_point() and value.shape[:1] == (len(batch[0]),)}
+        chosen = rows if chosen is None else chosen & rows
+        parts.append(found)
+    kept = tuple(sorted(chosen or ()))
+    wanted = tuple(torch.cat([part[index] for part in parts]) for index in kept)
+    output = resolve_output(settings.output, wanted, inputs)
+    return Task.split(inputs, wanted, kept, output, settings.held_out, settings.seed)
+
+
+def _read(data: object, names: Sequence[str], batch_size: int) -> tuple[Tensor, ...]:
+    """All samples, one tensor for each placeholder."""
+    found = [batch.inputs for batch in batches(data, names, batch_size=batch_size)]
+    for index, batch in enumerate(found):
+        for name, value, first in zip(names, batch, found[0], strict=True):
+            if value.shape[1:] != first.shape[1:] or value.shape[:1] != batch[0].shape[:1]:
+                raise InputError(
+                    f"batch {index} of the data: input {name} has shape {tuple(value.shape)}, in batch 0 it is "
+                    f"{tuple(first.shape)}; expected samples of one shape, as many in each input"
+                )
+    inputs = tuple(torch.cat(parts) for parts in zip(*found, strict=True))
+    if len(inputs[0]) < 2:
+        raise InputError("the data holds 1 sample; expected at least 2, to train on and to hold out")
+    return inputs
+
+
+def _train(student: Student, settings: _Settings, path: Path | None, report: ProgressReport, started: float) -> None:
+    size = min(settings.batch_size, len(student.task.trained))
+    per_epoch = len(student.task.trained) // size
+    if path is not None and student.resume(path):
+        started = time.perf_counter() - student.seconds
+    elif settings.epochs is not None:
+        student.total = settings.epochs * per_epoch
+    else:
+        assert settings.minutes is not None
+        student.total = _steps_until(started + 60 * settings.minutes, student, size, per_epoch)
+    saved = time.perf_counter()
+    for rows in islice(student.task.shuffled(size, settings.seed), student.step, student.total):
+        if not student.advance(rows):
+            break
+        is_due = student.step * EVALUATIONS % student.total < EVALUATIONS
+        if is_due:
+            student.keep_if_better()
+        now = time.perf_counter()
+        student.seconds = now - started
+        if path is not None and (is_due or now - saved > SAVE_S):
+            student.save(path)
+            saved = now
+        report("tune", student.step, student.total)
+
+
+def _steps_until(end: float, student: Student, size: int, per_epoch: int) -> int:
+    """How many steps, and evaluations on the way, fit until then by the time that a few of them take."""
+    begin = time.perf_counter()
+    student.evaluate()
+    evaluated = time.perf_counter()
+    student.total = TRIAL_STEPS
+    for rows in islice(student.task.shuffled(size, student.seed), TRIAL_STEPS):
+        student.advance(rows)
+    student.restart()
+    now = time.perf_counter()
+    steps = int((end - now - EVALUATIONS * (evaluated - begin)) * TRIAL_STEPS / (now - evaluated))
+    if steps < per_epoch:
+        return max(steps, 1)
+    return min(steps // per_epoch, MOST_EPOCHS) * per_epoch
+
+
+def _noted(result: Result, student: Student) -> Report:
+    task = student.task
+    note = (
+        f"tuned on {len(task.trained)} samples without labels ({task.output}): divergence on {len(task.held)} held-out "
+        f"samples {student.before:.4g} -> {student.least:.4g} in {student.step} steps, {student.seconds:.0f} s"
+    )
+    if student.step < student.total:
+        note += f"; the loss of step {student.step + 1} of {student.total} was no number: lower learning_rate"
+    report = result.report
+    timings = {**report.timings_s, "tune": student.seconds}
+    return replace(report, notes=(*report.notes, note), timings_s=timings)
+
+
+def _is_number(value: object, kind: Any, least: float, most: float) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool) and bool(least <= value <= most)
