@@ -22,6 +22,7 @@ from tdfx.onnx_export import ExportReport, export_onnx
 from tdfx.records.candidate import Candidate
 from tdfx.records.capture import Capture
 from tdfx.records.cost import Cost
+from tdfx.records.frontier import Frontier, Point
 from tdfx.records.inputs import InputSpec
 from tdfx.records.layer import LayerSpec, Site, Skipped
 from tdfx.records.plan import Plan
@@ -32,8 +33,10 @@ from tdfx.stages.apply import apply
 from tdfx.stages.calibrate import calibrate
 from tdfx.stages.capture import capture
 from tdfx.stages.compress import compress
+from tdfx.stages.frontier import frontier
 from tdfx.stages.plan import plan
 from tdfx.stages.profile import profile
+from tdfx.stages.sensitivity import Sensitivity, sensitivity
 from tdfx.stages.tune import tune
 from tdfx.version import VERSION as __version__
 
@@ -46,6 +49,7 @@ __all__ = [
     "Cost",
     "ExportError",
     "ExportReport",
+    "Frontier",
     "InputError",
     "InputSpec",
     "LayerSpec",
@@ -54,9 +58,11 @@ __all__ = [
     "PassError",
     "Plan",
     "PlanError",
+    "Point",
     "Profile",
     "Report",
     "Result",
+    "Sensitivity",
     "Site",
     "SiteMoments",
     "Skipped",
@@ -69,9 +75,11 @@ __all__ = [
     "capture",
     "compress",
     "export_onnx",
+    "frontier",
     "load",
     "plan",
     "profile",
     "save",
+    "sensitivity",
     "tune",
 ]

@@ -1,4 +1,4 @@
-"""What a compressed network may cost, as in ``Budget.parse("flops=50%,params=2M")``."""
+"""What a compressed network may cost, as in ``Budget.parse("flops=50%,params=2M")``, or lose, as in "drop=1%"."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ RESOURCES: Mapping[str, Callable[[Cost], int]] = {
 }
 """What can be limited, and how much of it a cost is."""
 
+DROP = "drop"
+
 _FLOPS_PER_MAC = Cost(params=0, macs=1, weight_bytes=0).flops
 _MOST = 2**63 - 1  # planners count in 64 bits
 _POWERS = {"": 0, "k": 3, "m": 6, "g": 9, "t": 12}
@@ -28,7 +30,8 @@ _AMOUNT = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+))(?:e([+-]?\d\d?))?\s*([a-z%]*)"
 _FORMS = (
     f"Write resource=amount, several separated by commas; resource: {', '.join(RESOURCES)} (of the weights); "
     'amount: a share of the whole model ("50%") or a number ("1.2G", "2M", for bytes also "8MB"; K, M, G, T are powers '
-    'of 1000). Example: "flops=50%,params=2M"'
+    "of 1000). With tdfx.compress(..., evaluate=...) also drop=amount, what the score may lose: a share of the "
+    'original\'s ("drop=1%") or a number ("drop=0.01"). Example: "flops=50%,params=2M"'
 )
 
 
@@ -90,40 +93,98 @@ class Limit:
 
 
 @dataclass(frozen=True)
+class Drop:
+    """The most that a compressed network's score may be below the original's.
+
+    Attributes:
+        amount: a share of the original's score (0.01 for 1%), or a difference of scores.
+        share: whether ``amount`` is a share.
+
+    Raises:
+        BudgetError: the amount is no Decimal of 0 or more, or a share above 1.
+    """
+
+    amount: Decimal
+    share: bool
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.amount, Decimal) or not self.amount.is_finite() or self.amount < 0:
+            raise _refusal(f"the amount of {DROP} must be 0 or more, found {self.amount}")
+        if self.share and self.amount > 1:
+            raise _refusal(f"the share of {DROP} must be at most 100%, found {_digits(self.amount, 2)}%")
+
+    @classmethod
+    def parse(cls, text: str) -> Drop:
+        """The amount written as e.g. "1%" or "0.01".
+
+        Raises:
+            BudgetError: the text is not understood.
+        """
+        match = _AMOUNT.fullmatch(text.strip().lower())
+        number, exponent, suffix = match.groups() if match else ("", "", "?")
+        if suffix not in ("", "%"):
+            raise _refusal(f"the amount of {DROP} is not understood, found {text.strip()!r}")
+        return cls(Decimal(f"{number}e{int(exponent or 0) - 2 * len(suffix)}"), suffix == "%")
+
+    def least_score(self, original: float) -> Decimal:
+        """What a network must reach where the original has this score; of the digits that Python shows."""
+        score = Decimal(repr(original))
+        return score - self.amount * (abs(score) if self.share else 1)
+
+    def __str__(self) -> str:
+        return f"{DROP}={_digits(self.amount, 2)}%" if self.share else f"{DROP}={_digits(self.amount)}"
+
+
+@dataclass(frozen=True)
 class Budget:
     """Limits on what a whole network may cost, those parts included that cannot be compressed.
 
     Attributes:
-        limits: at least one, each of another resource.
+        limits: each of another resource; at least one where there is no drop.
+        drop: what the network's measured score may lose besides; None for a network that is not measured.
 
     Raises:
-        BudgetError: there is no limit, or two of the same resource.
+        BudgetError: there is neither a limit nor a drop, or there are two limits of the same resource.
     """
 
     limits: tuple[Limit, ...]
+    drop: Drop | None = None
 
     def __post_init__(self) -> None:
         names = [limit.resource for limit in self.limits]
-        if len(set(names)) != max(len(names), 1):
+        if len(set(names)) != len(names) or not (names or self.drop):
             raise _refusal(f"expected at least one limit and each resource once, found {str(self)!r}")
 
     @classmethod
     def parse(cls, text: str) -> Budget:
-        """The budget written as e.g. "flops=50%,params=40%", "macs=1.2G" or "bytes=8MB".
+        """The budget written as e.g. "flops=50%,params=40%", "macs=1.2G", "bytes=8MB" or "drop=1%,params=2M".
 
         Raises:
             BudgetError: the text is not understood; the message says what was found and what is.
         """
         if not isinstance(text, str):
             raise _refusal(f"expected text, found {text!r}")
-        return cls(tuple(Limit.parse(part) for part in text.split(",")))
+        parts = [part.partition("=") for part in text.split(",")]
+        drops = [amount for name, _, amount in parts if name.strip().lower() == DROP]
+        if len(drops) > 1:
+            raise _refusal(f"expected {DROP} once, found {text!r}")
+        limits = tuple(Limit.parse("".join(part)) for part in parts if part[0].strip().lower() != DROP)
+        return cls(limits, Drop.parse(drops[0]) if drops else None)
 
     def resolve(self, before: Cost) -> dict[str, int]:
         """The largest whole amounts allowed of "macs", "params" and "bytes", where limited (flops are limited as macs).
 
         Args:
             before: cost of the whole model as given.
+
+        Raises:
+            BudgetError: the budget has a drop, which says nothing of costs before networks are measured.
         """
+        if self.drop is not None:
+            raise BudgetError(
+                f"budget {self}: what the score loses shows only in networks that are measured; use tdfx.compress with "
+                "evaluate=a function from a network to its score, or leave the drop out"
+            )
         amounts: dict[str, int] = {}
         for limit in self.limits:
             amount = Fraction(limit.amount) * (RESOURCES[limit.resource](before) if limit.share else 1)
@@ -135,13 +196,32 @@ class Budget:
         return amounts
 
     def __str__(self) -> str:
-        return ",".join(map(str, self.limits))
+        return ",".join(map(str, (*((self.drop,) if self.drop else ()), *self.limits)))
+
+
+def find_resource(name: str, option: str) -> Callable[[Cost], int]:
+    """How much of a resource a cost is.
+
+    Args:
+        name: "flops", "macs", "params" or "bytes".
+        option: where the name was given, for the message.
+
+    Raises:
+        BudgetError: unknown resource.
+    """
+    if name not in RESOURCES:
+        raise BudgetError(f"{option}: {_unknown(name)}. Known are {', '.join(RESOURCES)}")
+    return RESOURCES[name]
 
 
 def _check_resource(name: str) -> None:
     if name not in RESOURCES:
-        near = difflib.get_close_matches(str(name), RESOURCES, 1)
-        raise _refusal(f"unknown resource {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+        raise _refusal(_unknown(name))
+
+
+def _unknown(name: str) -> str:
+    near = difflib.get_close_matches(str(name), RESOURCES, 1)
+    return f"unknown resource {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
 
 
 def _digits(number: Decimal, power: int = 0) -> str:

@@ -5,7 +5,7 @@ from decimal import Decimal
 import numpy as np
 import pytest
 
-from tdfx.budget import RESOURCES, Budget, Limit
+from tdfx.budget import RESOURCES, Budget, Drop, Limit, find_resource
 from tdfx.errors import BudgetError
 from tdfx.records.cost import Cost
 
@@ -77,7 +77,12 @@ def test_round_trip_keeps_every_digit() -> None:
         ("macs=0.125", "write 12.5%"),
         ("params=0.0001K", "write 10%"),
         ("latency=12ms", "unknown resource 'latency'"),
-        ("drop=1", "unknown resource 'drop'"),
+        ("drop=", "the amount of drop is not understood, found ''"),
+        ("drop=1pt", "the amount of drop is not understood, found '1pt'"),
+        ("drop=-1%", "the amount of drop must be 0 or more, found -0.01"),
+        ("drop=101%", "the share of drop must be at most 100%, found 101%"),
+        ("drop=1%,drop=0.1", "expected drop once, found 'drop=1%,drop=0.1'"),
+        ("drop=1%,flops=50%,flops=1G", "each resource once"),
         ("flosp=50%", "unknown resource 'flosp'; did you mean 'flops'?"),
         ("parameters=50%", "unknown resource 'parameters'; did you mean 'params'?"),
         ("=50%", "unknown resource ''"),
@@ -150,3 +155,56 @@ def test_resolve_floors_exactly(text: str, amounts: dict[str, int]) -> None:
 def test_resources_of_a_cost() -> None:
     amounts = {name: amount(WHOLE) for name, amount in RESOURCES.items()}
     assert amounts == {"flops": 2 * 10**15 + 2, "macs": 10**15 + 1, "params": 1001, "bytes": 4004}
+
+
+@pytest.mark.parametrize(
+    ("text", "amount", "share", "caps"),
+    [
+        ("drop=1%", "0.01", True, ()),
+        ("drop=0.01", "0.01", False, ()),
+        ("drop=0", "0", False, ()),
+        ("drop=100%", "1", True, ()),
+        ("drop=2.5", "2.5", False, ()),
+        ("drop=1%,params=2M", "0.01", True, (Limit("params", Decimal("2e6"), False),)),
+    ],
+)
+def test_a_drop(text: str, amount: str, share: bool, caps: tuple[Limit, ...]) -> None:
+    budget = Budget.parse(text)
+    assert budget == Budget(caps, Drop(Decimal(amount), share))
+    assert str(budget) == text
+
+
+def test_a_drop_is_read_in_any_place_and_case() -> None:
+    assert Budget.parse(" params=2M , DROP = 1 % ") == Budget.parse("drop=1%,params=2M")
+
+
+@pytest.mark.parametrize("amount", [0.5, Decimal("nan"), Decimal("-1")])
+def test_a_drop_refuses_what_is_no_amount(amount: Decimal) -> None:
+    with pytest.raises(BudgetError, match="must be 0 or more"):
+        Drop(amount, False)
+
+
+@pytest.mark.parametrize(
+    ("text", "original", "least"),
+    [
+        ("1%", 90.0, "89.1"),
+        ("0.01", 0.9, "0.89"),
+        ("0.1", 0.8, "0.7"),  # 0.8 - 0.1 > 0.7 in binary
+        ("1%", -2.0, "-2.02"),
+        ("0", 0.3, "0.3"),
+        ("5%", 0.0, "0"),
+    ],
+)
+def test_least_score_is_exact_in_the_digits_shown(text: str, original: float, least: str) -> None:
+    assert Drop.parse(text).least_score(original) == Decimal(least)
+
+
+def test_a_drop_alone_says_nothing_of_costs() -> None:
+    with pytest.raises(BudgetError, match=r"budget drop=1%: .* use tdfx\.compress with evaluate"):
+        Budget.parse("drop=1%").resolve(WHOLE)
+
+
+def test_find_resource_names_the_option() -> None:
+    assert find_resource("bytes", "minimize")(WHOLE) == 4004
+    with pytest.raises(BudgetError, match="minimize: unknown resource 'flosp'; did you mean 'flops'"):
+        find_resource("flosp", "minimize")

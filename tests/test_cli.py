@@ -82,7 +82,8 @@ def test_options_reach_compress(monkeypatch: pytest.MonkeyPatch) -> None:
         "budget": tdfx.Budget.parse("params=60%"), "ranks": None, "methods": ["spatial_svd", "svd"],
         "include": ["first", "second"], "exclude": ["third"], "metric": "weight:scaled", "calibration": None,
         "correct": False, "planner": "other",
-        "target": None, "rank_multiple": 2, "trainable": True, "verify": "full", "seed": 3, "cache_dir": Path("c"),
+        "target": None, "rank_multiple": 2, "trainable": True, "verify": "full", "seed": 3,
+        "minimize": "flops", "evaluate": None, "cache_dir": Path("c"),
     }  # fmt: skip
 
 

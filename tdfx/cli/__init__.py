@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from tdfx.cli.curves import frontier, sensitivity
 from tdfx.cli.listings import inspect, methods, passes
 from tdfx.cli.stages import apply, compress, export, plan, profile
 from tdfx.cli.trial import demo
@@ -42,6 +43,8 @@ def common(
     """Holds the options that go without a command; its own help text is the application's."""
 
 
-COMMANDS: tuple[Callable[..., None], ...] = (compress, profile, plan, apply, export, inspect, methods, passes, demo)
+COMMANDS: tuple[Callable[..., None], ...] = (
+    compress, profile, plan, apply, export, frontier, sensitivity, inspect, methods, passes, demo
+)  # fmt: skip
 for command in COMMANDS:
     app.command()(command)

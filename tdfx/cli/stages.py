@@ -10,6 +10,7 @@ import typer
 
 from tdfx.budget import Budget
 from tdfx.cli import options as given
+from tdfx.cli.curves import EVALUATE_HELP, load_evaluate
 from tdfx.cli.listings import parity
 from tdfx.cli.options import Verify
 from tdfx.cli.support import (
@@ -56,6 +57,8 @@ def compress(
     output: given.Output = "auto",
     correct: given.Correct = True,
     tune: Annotated[float | None, typer.Option(metavar="MINUTES", help="Train on --data, without labels.")] = None,
+    evaluate: Annotated[str | None, typer.Option(metavar="FUNCTION", help=EVALUATE_HELP)] = None,
+    minimize: Annotated[str, typer.Option(help="What a drop buys: flops, macs, params or bytes.")] = "flops",
     planner: given.Planner = "knapsack",
     target: given.Target = "ort-cpu",
     rank_multiple: given.RankMultiple = None,
@@ -77,6 +80,7 @@ def compress(
         cache = cache_folder(cache_dir)
         with output_folder(out) as folder:
             network, args, kwargs = model_and_inputs(model, weights, inputs, seed)
+            score = None if evaluate is None else load_evaluate(evaluate)
             moments = None
             if data is not None:
                 captured = capture(network, args, kwargs, trainable=trainable)
@@ -101,6 +105,8 @@ def compress(
                     trainable=trainable,
                     verify=verify.value,
                     seed=seed,
+                    minimize=minimize,
+                    evaluate=score,
                     cache_dir=cache,
                 )
             if tune is not None and data is not None:

@@ -76,6 +76,8 @@ def profile(
         PlanError: the moments are of another model, or the metric needs moments and there are none.
         WeightError: a site's weight holds NaN or Inf.
     """
+    if not isinstance(moments, Moments | None):
+        raise OptionError(f"moments is a {type(moments).__name__}; expected what tdfx.calibrate returned")
     rule = None if ranks is None else RankRule.parse(ranks)
     runtime = find_target(target)
     multiple = 1 if rule is not None and rank_multiple is None else _rank_multiple(rank_multiple, runtime)
@@ -141,8 +143,6 @@ def scoring_of(
 
 
 def _check_moments(captured: Capture, metric: str, moments: Moments) -> None:
-    if not isinstance(moments, Moments):
-        raise OptionError(f"moments is a {type(moments).__name__}; expected what tdfx.calibrate returned")
     if (moments.structure, moments.weights) != (captured.structure, captured.weights):
         raise PlanError(
             f"the moments are of another model (fingerprint {moments.weights[:8]}, this model {captured.weights[:8]}); "
