@@ -1,4 +1,6 @@
-"""Full-size ResNets with random weights from capture to a written ONNX file, without data: seconds by stage and memory.
+"""Full-size ResNets with random weights from capture to a written ONNX file: seconds by stage and memory.
+
+Without data, or with --images calibrated on as many smooth random images for --metric.
 
 Every network runs in a process of its own, so that the memory is its own. The definition follows He et al. 2016, with
 the stride on the 3 x 3 convolution of a bottleneck.
@@ -24,7 +26,7 @@ import tdfx
 from tdfx.tables import align, count
 
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
-STAGES = ("capture", "profile", "plan", "apply", "export", "whole")
+STAGES = ("capture", "calibrate", "profile", "plan", "apply", "export", "whole")
 HEADER = (
     "network",
     "params",
@@ -89,15 +91,19 @@ def main() -> None:
     options.add_argument("--depths", type=int, nargs="+", default=[18, 50, 101], choices=list(BLOCKS))
     options.add_argument("--methods", nargs="+", default=None, help="all if left out")
     options.add_argument("--budget", default="flops=50%")
+    options.add_argument("--images", type=int, default=0, help="calibrate on so many of 224 x 224")
+    options.add_argument("--metric", default=None, help='with --images: "loss" if left out, or "feature"')
     options.add_argument("--one", type=int, help=argparse.SUPPRESS)
     arguments = options.parse_args()
     if arguments.one is not None:
-        print(json.dumps(measure(arguments.one, arguments.methods, arguments.budget)))
+        print(json.dumps(measure(arguments.one, arguments)))
         return
     rows = []
     for depth in arguments.depths:
         command = [sys.executable, __file__, "--one", str(depth), "--budget", arguments.budget]
         command += ["--methods", *arguments.methods] if arguments.methods else []
+        command += ["--images", str(arguments.images)]
+        command += ["--metric", arguments.metric] if arguments.metric else []
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         rows.append((f"ResNet-{depth}", *json.loads(done.stdout.splitlines()[-1])))
         print(*rows[-1], sep="  ", flush=True)
@@ -105,7 +111,7 @@ def main() -> None:
     print(align(HEADER, rows, right=range(1, len(HEADER))))
 
 
-def measure(depth: int, methods: list[str] | None, budget: str) -> tuple[str, ...]:
+def measure(depth: int, arguments: argparse.Namespace) -> tuple[str, ...]:
     """One row: size, seconds by stage, peak memory of this process, and what came out."""
     torch.manual_seed(0)
     model, example = ResNet(depth).eval(), torch.randn(1, 3, 224, 224)
@@ -116,11 +122,17 @@ def measure(depth: int, methods: list[str] | None, budget: str) -> tuple[str, ..
 
     captured = tdfx.capture(model, example)
     lap()
-    profiled = tdfx.profile(captured, methods=methods)
+    moments = None
+    if arguments.images:
+        coarse = torch.randn(arguments.images, 3, 14, 14)
+        data = F.interpolate(coarse, 224, mode="bilinear") + 0.3 * torch.randn(arguments.images, 3, 224, 224)
+        moments = tdfx.calibrate(captured, data, metric=arguments.metric or "loss")
     lap()
-    plan = tdfx.plan(profiled, budget)
+    profiled = tdfx.profile(captured, methods=arguments.methods, moments=moments, metric=arguments.metric)
     lap()
-    result = tdfx.apply(model, example, plan)
+    plan = tdfx.plan(profiled, arguments.budget)
+    lap()
+    result = tdfx.apply(model, example, plan, moments=moments)
     lap()
     with tempfile.TemporaryDirectory() as folder:
         report = tdfx.export_onnx(result.module, Path(folder) / "model.onnx", example)
