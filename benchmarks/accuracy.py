@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import resource
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
@@ -25,12 +26,18 @@ from statistics import mean
 
 import torch
 from cifar import images, top1, trained_resnet
+from peers import Balf, pruned, uniform_rank
 from torch import Tensor, nn
 
 import tdfx
 from tdfx.stages.apply import carry_out
 from tdfx.tables import align
 from tdfx.timing import interleaved_medians
+
+Setting = tuple[nn.Module, Tensor, Tensor, int]
+"""Network, example, calibration images and seed."""
+Compress = Callable[[float], tuple[nn.Module, float]]
+"""From a share of the FLOPs to a network and the share it has."""
 
 VARIANTS = {
     "weight": ("weight", False),
@@ -39,6 +46,13 @@ VARIANTS = {
     "loss": ("loss", True),
 }
 TUNED = " + tune"
+PEERS: dict[str, Callable[[Setting], Compress]] = {
+    "activation-aware SVD": lambda setting: Balf(*setting).network,
+    "tensorly-torch CP, uniform": lambda setting: lambda share: uniform_rank(*setting[:2], share, "cp"),
+    "tensorly-torch Tucker, uniform": lambda setting: lambda share: uniform_rank(*setting[:2], share, "tucker"),
+    "torch-pruning, magnitude": lambda setting: lambda share: pruned(*setting[:2], share),
+}
+"""Other tools."""
 HEADER = ("network", "variant", "grid", "asked", "FLOPs", "params", "top-1", "spread", "drop", "speed", "seconds", "GB")
 
 
@@ -79,6 +93,7 @@ def main() -> None:
     options.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     options.add_argument("--tune", type=int, nargs="*", default=[30, 20], help="budgets at which loss is tuned as well")
     options.add_argument("--tune-images", type=int, default=8192)
+    options.add_argument("--peers", nargs="*", default=[], choices=list(PEERS), help="other tools to run beside")
     options.add_argument("--methods", nargs="+", default=["svd", "spatial_svd", "tucker2", "cp"])
     options.add_argument("--cache", type=Path, default=None, help="folder that keeps errors and moments between runs")
     options.add_argument("--keep", type=Path, default=None, help="file that keeps finished rows between runs")
@@ -88,6 +103,16 @@ def main() -> None:
     kept = _read(arguments.keep)
     data = Path(arguments.data)
     test, train = images(data, "test"), images(data, "train")[0]
+
+    def keep(row: Row) -> None:
+        if row.key in kept:
+            return
+        kept[row.key] = row
+        if arguments.keep is not None:
+            with arguments.keep.open("a") as file:
+                file.write(json.dumps(asdict(row)) + "\n")
+        print(*row.key, f"{row.score:.2f} ({row.dense:.2f})", _times(row.speed), f"{row.seconds:.0f} s", flush=True)
+
     for depth, seed, grid, variant in product(arguments.depths, arguments.seeds, arguments.grids, arguments.variants):
         wanted = [b for b in arguments.budgets if (depth, variant, grid, b, seed) not in kept]
         tuned = [
@@ -98,15 +123,11 @@ def main() -> None:
         if not wanted and not tuned:
             continue
         for row in compress_all(depth, seed, grid, variant, sorted({*wanted, *tuned}), tuned, arguments, test, train):
-            if row.key in kept:
-                continue
-            kept[row.key] = row
-            if arguments.keep is not None:
-                with arguments.keep.open("a") as file:
-                    file.write(json.dumps(asdict(row)) + "\n")
-            print(
-                *row.key, f"{row.score:.2f} ({row.dense:.2f})", f"{row.speed:.2f}x", f"{row.seconds:.0f} s", flush=True
-            )
+            keep(row)
+    for depth, seed, peer in product(arguments.depths, arguments.seeds, arguments.peers):
+        wanted = [b for b in arguments.budgets if (depth, peer, 1, b, seed) not in kept]
+        for row in peer_rows(depth, seed, peer, wanted, arguments, test, train) if wanted else ():
+            keep(row)
     print(f"\n{torch.get_num_threads()} threads, {arguments.images} calibration images, no labels\n")
     print(align(HEADER, table(kept.values()), right=range(2, len(HEADER))))
 
@@ -164,6 +185,36 @@ def compress_all(
             yield _row(depth, variant + TUNED, grid, budget, seed, result, model, dense, test, seconds)
 
 
+def peer_rows(
+    depth: int,
+    seed: int,
+    peer: str,
+    budgets: list[int],
+    arguments: argparse.Namespace,
+    test: tuple[Tensor, Tensor],
+    train: Tensor,
+) -> Iterator[Row]:
+    """Rows of another tool; speed and parameters are not measured."""
+    model, example = trained_resnet(Path(arguments.data), depth), test[0][:2]
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
+    dense = top1(model, *test)
+    started = time.perf_counter()
+    compress = PEERS[peer]((model, example, train[order[: arguments.images]], seed))
+    prepared_s = time.perf_counter() - started
+    for budget in budgets:
+        started = time.perf_counter()
+        network, flops = compress(budget / 100)
+        seconds = prepared_s + time.perf_counter() - started
+        gigabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+        yield Row(
+            depth, peer, 1, budget, seed, flops, math.nan, top1(network, *test), dense, math.nan, seconds, gigabytes
+        )
+
+
+def _times(speed: float) -> str:
+    return "-" if math.isnan(speed) else f"{speed:.2f}x"
+
+
 def _row(
     depth: int,
     variant: str,
@@ -197,10 +248,10 @@ def _speed(model: nn.Module, compressed: nn.Module, example: Tensor) -> float:
     return before_s / after_s
 
 
-def table(rows: object) -> list[tuple[str, ...]]:
+def table(rows: Iterable[Row]) -> list[tuple[str, ...]]:
     """One line for the rows of all seeds."""
     groups: dict[tuple[object, ...], list[Row]] = defaultdict(list)
-    for row in rows:  # type: ignore[attr-defined]
+    for row in rows:
         groups[row.key[:-1]].append(row)
     lines = []
     for (depth, variant, grid, budget), group in groups.items():
@@ -209,11 +260,11 @@ def table(rows: object) -> list[tuple[str, ...]]:
             (
                 f"ResNet-{depth}", str(variant), str(grid), f"{budget}%",
                 f"{mean(row.flops for row in group):.1%}",
-                f"{mean(row.params for row in group):.1%}",
+                "-" if math.isnan(group[0].params) else f"{mean(row.params for row in group):.1%}",
                 f"{mean(scores):.2f}",
                 f"{max(scores) - min(scores):.2f} of {len(scores)}",
                 f"{group[0].dense - mean(scores):.2f}",
-                f"{mean(row.speed for row in group):.2f}x",
+                _times(mean(row.speed for row in group)),
                 f"{mean(row.seconds for row in group):.0f}",
                 f"{max(row.gigabytes for row in group):.1f}",
             )

@@ -1,0 +1,149 @@
+"""Other ways to the same budgets, on the same images: for ``accuracy.py``.
+
+``Balf`` follows arXiv 2509.25136 as described there: the unfolded convolution is cut by an SVD whitened with the
+uncentred second moment of its input, the energy kept is normalised by layer, and ranks come from a Lagrangian
+relaxation of the FLOPs budget; biases are not corrected. A convolution becomes a k x k one and a 1 x 1 one.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+import tdfx
+from tdfx.decompositions import registry
+from tdfx.decompositions.metric import metric_svd
+from tdfx.metrics import form_of
+from tdfx.passes.base import layer_at
+from tdfx.passes.candidates import chain_cost, site_weight
+from tdfx.passes.count import count
+from tdfx.records.layer import Site
+
+BISECTIONS = 60
+
+
+class Balf:
+    """Activation-aware SVD with Lagrangian rank allocation, for one network and calibration set."""
+
+    def __init__(self, model: nn.Module, example: Tensor, calibration: Tensor, seed: int) -> None:
+        self.captured = tdfx.capture(model, example, trainable=True)  # with BatchNorm apart, as trained
+        moments = tdfx.calibrate(self.captured, calibration, metric="feature", seed=seed)
+        profiled = tdfx.profile(
+            self.captured, methods=["svd", "channel_svd"], moments=moments, correct=False, target=None, rank_multiple=1
+        )
+        self.before, self.rest = profiled.before, profiled.rest
+        self.layers = [_Layer(self.captured, site, moments) for site in profiled.sites]
+
+    def network(self, share: float) -> tuple[nn.Module, float]:
+        """The network with the truncated weights put back in, and its share of the FLOPs."""
+        limit = share * self.before.macs - self.rest.macs
+        low, high = 0.0, 1.0
+        for _ in range(BISECTIONS):  # the price of a multiply-accumulate at which the budget holds
+            middle = (low + high) / 2
+            if sum(layer.macs[layer.choice(middle)] for layer in self.layers) > limit:
+                low = middle
+            else:
+                high = middle
+        module = copy.deepcopy(self.captured.module)
+        macs = self.rest.macs
+        for layer in self.layers:
+            rank = layer.choice(high)
+            macs += layer.macs[rank]
+            layer_at(module, layer.name).weight.data = layer.weight(rank).to(torch.float32)
+        return module, macs / self.before.macs
+
+
+class _Layer:
+    """Costs and kept energies of all ranks; the last entry is the dense layer."""
+
+    def __init__(self, captured: tdfx.Capture, site: Site, moments: tdfx.Moments) -> None:
+        self.name, self.dense = site.name, site_weight(captured.module, site)
+        self.left, self.right, norms = metric_svd(
+            self.dense.flatten(1), form_of("feature:relative", moments.sites[site.name], corrected=False)
+        )
+        method = next(m for n, m in registry().items() if n in ("svd", "channel_svd") and not m.unsupported(site))
+        energies = norms.square().cumsum(0) / norms.square().sum()
+        costs = [chain_cost(method, site, (rank,), None).macs for rank in range(1, len(norms) + 1)]
+        kept = [rank for rank, macs in enumerate(costs) if macs < site.layer.macs]
+        self.ranks = [rank + 1 for rank in kept]
+        self.macs = [*(costs[rank] for rank in kept), site.layer.macs]
+        self.energies = torch.tensor([*(float(energies[rank]) for rank in kept), 1.0], dtype=torch.float64)
+
+    def choice(self, price: float) -> int:
+        """Index of the most energy less the price of its cost."""
+        scale = 1e-6  # prices between 0 and 1 for costs in millions
+        return int((self.energies - price * scale * torch.tensor(self.macs, dtype=torch.float64)).argmax())
+
+    def weight(self, index: int) -> Tensor:
+        if index == len(self.ranks):
+            return self.dense
+        rank = self.ranks[index]
+        return (self.left[:, :rank] @ self.right[:rank]).reshape(self.dense.shape)
+
+
+def uniform_rank(model: nn.Module, example: Tensor, share: float, factorization: str) -> tuple[nn.Module, float]:
+    """tensorly-torch's factorized convolutions at one share of parameters, the largest that keeps the budget.
+
+    Args:
+        model: the network; its 3 x 3 convolutions but the first are factorized.
+        example: an input, for counting.
+        share: of the FLOPs.
+        factorization: "cp" or "tucker".
+    """
+    from tltorch import FactorizedConv
+
+    def factorized(rank: float, *, decompose: bool) -> nn.Module:
+        network = copy.deepcopy(model)
+        for name, layer in list(network.named_modules()):
+            if isinstance(layer, nn.Conv2d) and layer.in_channels > 3:
+                parent, _, key = name.rpartition(".")
+                made = FactorizedConv.from_conv(
+                    layer,
+                    rank=rank,
+                    factorization=factorization,
+                    decompose_weights=decompose,
+                    implementation="factorized",
+                )
+                setattr(network.get_submodule(parent), key, made)
+        return network.eval()
+
+    total = _macs(model, example)
+    low, high = 0.01, 1.0
+    for _ in range(7):
+        middle = (low + high) / 2
+        fits = _macs(factorized(middle, decompose=False), example) <= share * total
+        low, high = (middle, high) if fits else (low, middle)
+    network = factorized(low, decompose=True)
+    return network, _macs(network, example) / total
+
+
+def pruned(model: nn.Module, example: Tensor, share: float) -> tuple[nn.Module, float]:
+    """torch-pruning's magnitude pruning of the channels inside residual blocks, the least that keeps the budget.
+
+    Channels on the residual stream stay: the shortcuts pad by fixed numbers of channels.
+    """
+    import torch_pruning
+
+    total = _macs(model, example)
+    low, high = 0.0, 0.97
+    found = model
+    for _ in range(7):
+        middle = (low + high) / 2
+        network = copy.deepcopy(model)
+        kept = [m for n, m in network.named_modules() if isinstance(m, nn.Conv2d | nn.Linear) and ".conv1" not in n]
+        pruner = torch_pruning.pruner.MagnitudePruner(
+            network, example, importance=torch_pruning.importance.MagnitudeImportance(), pruning_ratio=middle,
+            ignored_layers=kept,
+        )  # fmt: skip
+        pruner.step()
+        if _macs(network, example) <= share * total:
+            high, found = middle, network
+        else:
+            low = middle
+    return found.eval(), _macs(found, example) / total
+
+
+def _macs(network: nn.Module, example: Tensor) -> int:
+    return sum(workload.macs for workload in count(network, (example,), {}))
