@@ -14,11 +14,12 @@ from itertools import chain
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from tdfx.contained import reason
 from tdfx.divergence import divergence, variance
 from tdfx.errors import InputError
+from tdfx.features import mismatch, observed
 from tdfx.files import replacing
 from tdfx.inputs import tensors
 from tdfx.records.plan import MOST_SEED
@@ -27,6 +28,7 @@ WARM_UP, LEAST_SHARE = 0.3, 0.04
 """Share of the steps in which the learning rate rises, and share of its peak that it starts from."""
 
 WEIGHT_DECAY = 0.01
+FEATURES = 40.0  # weight of the mismatch inside, beside the divergence of the outputs
 LARGEST_GRADIENT = 1.0
 
 
@@ -67,9 +69,13 @@ class Task:
         held = min(max(1, round(held_out * len(order))), len(order) - 1)
         return cls(inputs, wanted, chosen, output, order[held:], order[:held], tuple(map(variance, wanted)))
 
+    def outputs(self, network: nn.Module, rows: Tensor) -> list[Tensor]:
+        """All outputs of a network for these samples."""
+        return list(tensors(network(*(value[rows] for value in self.inputs))))
+
     def found(self, network: nn.Module, rows: Tensor) -> list[Tensor]:
         """The chosen outputs of a network for these samples."""
-        outputs = list(tensors(network(*(value[rows] for value in self.inputs))))
+        outputs = self.outputs(network, rows)
         return [outputs[index] for index in self.chosen]
 
     def divergence(self, found: Sequence[Tensor], rows: Tensor) -> Tensor:
@@ -83,6 +89,24 @@ class Task:
             order = self.trained[torch.randperm(len(self.trained), generator=generator)]
             for first in range(0, len(order) - size + 1, size):
                 yield order[first : first + size]
+
+
+@dataclass(frozen=True, eq=False)
+class Guide:
+    """Values inside the original that the network is to have as well.
+
+    Attributes:
+        original: network whose output has these values after it, in eval mode.
+        names: of the nodes of the network in training that are to have them.
+    """
+
+    original: fx.GraphModule
+    names: tuple[str, ...]
+
+    def wanted(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """The values for these inputs."""
+        with torch.no_grad():
+            return list(tensors(self.original(*inputs)))[-len(self.names) :]
 
 
 class Student:
@@ -101,14 +125,23 @@ class Student:
     """
 
     def __init__(
-        self, module: nn.Module, task: Task, *, learning_rate: float, batch_size: int, seed: int, train_mode: bool
+        self,
+        module: fx.GraphModule,
+        task: Task,
+        *,
+        learning_rate: float,
+        batch_size: int,
+        seed: int,
+        train_mode: bool,
+        guide: Guide | None = None,
     ) -> None:
         self.task = task
+        self.guide = guide
         self.learning_rate = learning_rate
         self.batch_size = batch_size
         self.seed = seed
         self.train_mode = train_mode
-        self.network = copy.deepcopy(module)
+        self.network = observed(copy.deepcopy(module), () if guide is None else guide.names)
         self.weights = [weight for weight in self.network.parameters() if weight.is_floating_point()]
         for weight in self.weights:
             weight.requires_grad_(True)
@@ -129,7 +162,11 @@ class Student:
         """One step on these samples; False, and no step, where the loss is no number."""
         self.network.train(self.train_mode and len(rows) > 1)  # one sample has no variance for BatchNorm
         torch.manual_seed((self.seed + self.step) % MOST_SEED)  # Dropout draws the same after an interruption
-        loss = self.task.divergence(self.task.found(self.network, rows), rows)
+        outputs = self.task.outputs(self.network, rows)
+        loss = self.task.divergence([outputs[index] for index in self.task.chosen], rows)
+        if self.guide is not None:
+            wanted = self.guide.wanted([value[rows] for value in self.task.inputs])
+            loss = loss + FEATURES * mismatch(wanted, outputs[-len(wanted) :])
         if not math.isfinite(loss.item()):
             return False
         self.optimizer.zero_grad()

@@ -123,9 +123,9 @@ def check_cover(model: nn.Module, result: Result) -> None:
 
 
 def check_output(model: DrawnNetwork, x: Tensor, result: Result) -> None:
-    """Against the caller's own network in float64, each compressed layer with the weight its factors stand for.
+    """Against the caller's own network in float64, each compressed layer with the weight its factors stand for, and its chain's bias.
 
-    Where BatchNorm was folded, the factors are those of the folded weight, which dividing by BatchNorm's scale undoes.
+    Where BatchNorm was folded, the factors are those of the folded weight, which dividing by its scale undoes.
     What remains is the rounding of folded weights and biases: less than 1000 units for these depths.
     """
     reference = copy.deepcopy(model).double().eval()
@@ -138,10 +138,16 @@ def check_output(model: DrawnNetwork, x: Tensor, result: Result) -> None:
         weight = registry()[candidate.method].reconstruct(factors)
         block = candidate.site.rpartition(".")[0]
         norm = getattr(reference.get_submodule(block), "norm", None)
+        last = list(chain.children())[-1].bias
+        bias = None if last is None else last.detach().double()  # type: ignore[union-attr,operator]
         if norm is not None and f"{block}.norm" not in kept:
-            scale = norm.weight / (norm.running_var + norm.eps).sqrt()
-            weight = weight / scale.detach().reshape(-1, *[1] * (weight.dim() - 1))
-        reference.get_submodule(candidate.site).weight = nn.Parameter(weight)
+            scale = (norm.weight / (norm.running_var + norm.eps).sqrt()).detach()
+            weight = weight / scale.reshape(-1, *[1] * (weight.dim() - 1))
+            assert bias is not None
+            bias = (bias - norm.bias.detach()) / scale + norm.running_mean
+        layer = reference.get_submodule(candidate.site)
+        layer.weight = nn.Parameter(weight)
+        layer.bias = None if bias is None else nn.Parameter(bias)
     with torch.no_grad():
         expected, found = reference(x.double()), copy.deepcopy(result.module).double()(x.double())
     allowed = 1000 * torch.finfo(x.dtype).eps

@@ -89,7 +89,7 @@ class Result:
         after: cost of ``module``.
         skipped: layers left as they are, with reasons.
         report: all of this and how it came about.
-        original: a copy of the model as given, in eval mode, for ``tune``; None for results that were loaded.
+        original: a copy of the captured graph, in eval mode, for ``tune``; None for results that were loaded.
     """
 
     module: nn.Module

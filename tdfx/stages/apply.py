@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import platform
 import time
@@ -178,7 +179,7 @@ def carry_out(
         notes=(*captured.notes, *plan.notes, *((EMPTY_NOTE,) if factors == EMPTY else ())),
         versions={"tdfx": VERSION, "torch": torch.__version__, "python": platform.python_version()},
     )
-    return Result(compressed, carried_out, carried_out.before, after, plan.skipped, report, captured.original)
+    return Result(compressed, carried_out, carried_out.before, after, plan.skipped, report, copy.deepcopy(module))
 
 
 def check_verify(verify: str) -> None:

@@ -18,9 +18,10 @@ from torch import Tensor, fx, nn
 from tdfx.cache import ListCache
 from tdfx.contained import plain_attention, reason
 from tdfx.data import batches
-from tdfx.distillation import Student, Task, set_state
+from tdfx.distillation import Guide, Student, Task, set_state
 from tdfx.divergence import OUTPUTS, resolve_output
 from tdfx.errors import InputError, OptionError
+from tdfx.features import observed, paired_nodes
 from tdfx.fingerprint import tensor_digest, weights_fingerprint
 from tdfx.inputs import run
 from tdfx.passes.capture import isolate
@@ -51,6 +52,7 @@ def tune(
     learning_rate: float = 5e-4,
     batch_size: int = 128,
     held_out: float = 0.125,
+    features: bool = True,
     seed: int = 0,
     cache_dir: str | Path | None = None,
     progress: bool | ProgressReport | None = None,
@@ -72,6 +74,8 @@ def tune(
         learning_rate: peak of the one-cycle schedule.
         batch_size: samples a step.
         held_out: share of the samples that are held out.
+        features: match what the compressed layers put out besides the outputs; only with ``result.original``, whose
+            layers are known.
         seed: of the split, the order of the samples and Dropout.
         cache_dir: folder for the state of the run, from which an interrupted one goes on; removed at its end.
         progress: a function, True, False, or None for a bar on terminals only.
@@ -85,11 +89,12 @@ def tune(
         InputError: there is no original, there are fewer than 2 samples or such of different shapes, or a network does
             not run on them.
     """
-    settings = _Settings(output, epochs, minutes, learning_rate, batch_size, held_out, seed)
+    settings = _Settings(output, epochs, minutes, learning_rate, batch_size, held_out, features, seed)
     folder = ListCache(cache_dir).folder
     started = time.perf_counter()
     teacher = _teacher(result, original)
     task = _task(result, teacher, data, settings)
+    guide = _guide(result) if features and original is None else None
     path = None
     if folder is not None:
         digests = (*map(weights_fingerprint, (result.module, teacher)), *map(tensor_digest, task.inputs))
@@ -97,12 +102,13 @@ def tune(
         path = folder / f"tune-{hashlib.sha256(key.encode()).hexdigest()[:32]}.pt"
     with reporter(progress) as report, torch.enable_grad(), torch.random.fork_rng(devices=[]):
         student = Student(
-            result.module,
+            _graph(result),
             task,
             learning_rate=learning_rate,
             batch_size=batch_size,
             seed=seed,
             train_mode=result.plan.trainable,
+            guide=guide,
         )
         _train(student, settings, path, report, started)
     tuned = copy.deepcopy(result.module)
@@ -122,9 +128,12 @@ class _Settings:
     learning_rate: float
     batch_size: int
     held_out: float
+    features: bool
     seed: int
 
     def __post_init__(self) -> None:
+        if not isinstance(self.features, bool):
+            raise OptionError(f"features is {self.features!r}; expected True or False")
         if self.output not in OUTPUTS:
             raise OptionError(f"output is {self.output!r}; expected {', '.join(OUTPUTS)}")
         if self.epochs is None and self.minutes is None:
@@ -148,11 +157,24 @@ def _teacher(result: Result, original: nn.Module | None) -> nn.Module:
     return result.original
 
 
-def _task(result: Result, teacher: nn.Module, data: object, settings: _Settings) -> Task:
-    """All samples with the original's outputs for them; of those, the ones that are floats with a row a sample."""
+def _graph(result: Result) -> fx.GraphModule:
     if not isinstance(result.module, fx.GraphModule):
         raise InputError(f"the result's module is a {type(result.module).__name__}; expected a torch.fx.GraphModule")
-    names = [str(node.target) for node in result.module.graph.nodes if node.op == "placeholder"]
+    return result.module
+
+
+def _guide(result: Result) -> Guide | None:
+    """What the original's layers put out; None where no layer is called once in both networks."""
+    original = result.original
+    if not isinstance(original, fx.GraphModule):
+        return None
+    wanted, found = paired_nodes(original, _graph(result), result.plan)
+    return Guide(observed(original, wanted), tuple(found)) if found else None
+
+
+def _task(result: Result, teacher: nn.Module, data: object, settings: _Settings) -> Task:
+    """All samples with the original's outputs for them; of those, the ones that are floats with a row a sample."""
+    names = [str(node.target) for node in _graph(result).graph.nodes if node.op == "placeholder"]
     inputs = _read(data, names, settings.batch_size)
     positional = sum(spec.name is None for spec in result.report.inputs)
     parts: list[list[Tensor]] = []

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from tdfx.divergence import divergence, variance
 from tdfx.errors import InputError, OptionError
+from tdfx.features import mismatch, observed, paired_nodes
 from tdfx.records.result import Result
 from tdfx.saving import load, save
 from tdfx.stages import tune as stage
@@ -54,7 +55,8 @@ def samples(name: str, count: int = 24) -> tuple[Tensor, ...]:
 
 
 def quick(result: Result, data: Any, **options: Any) -> Result:
-    return tune(result, data, **{"epochs": 4, "batch_size": 6, "held_out": 0.25, "learning_rate": 1e-3, **options})
+    given = {"epochs": 4, "batch_size": 6, "held_out": 0.25, "learning_rate": 1e-3, "features": False}
+    return tune(result, data, **{**given, **options})
 
 
 def states(result: Result) -> dict[str, Tensor]:
@@ -395,3 +397,41 @@ def test_a_batch_size_the_network_does_not_take_is_refused() -> None:
         quick(result, torch.randn(16, 12))
     tuned = quick(result, torch.randn(16, 12), batch_size=2)
     assert "held-out" in tuned.report.notes[-1]
+
+
+def mismatches(result: Result, module: nn.Module, data: tuple[Tensor, ...]) -> float:
+    """Of the values inside a network from those inside the original."""
+    assert isinstance(result.original, torch.fx.GraphModule) and isinstance(module, torch.fx.GraphModule)
+    wanted, found = paired_nodes(result.original, module, result.plan)
+    with torch.no_grad():
+        values = [observed(net, names)(*data)[1] for net, names in ((result.original, wanted), (module, found))]
+    return float(mismatch(*values))
+
+
+@pytest.mark.parametrize("name", ["resnet", "vit"])
+def test_features_bring_the_inside_nearer(name: str) -> None:
+    result, data = of_zoo(name), samples(name)
+    tuned, guided = (quick(result, data, epochs=8, features=f).module for f in (False, True))
+    before = mismatches(result, result.module, data)
+    assert mismatches(result, guided, data) < 0.9 * before
+    assert mismatches(result, guided, data) < mismatches(result, tuned, data)
+
+
+def test_features_are_repeatable_and_leave_the_original_alone() -> None:
+    result, data = of_zoo("resnet", trainable=True), samples("resnet")
+    assert result.original is not None
+    before = copy.deepcopy(result.original.state_dict())
+    first, second = (states(quick(result, data, features=True)) for _ in range(2))
+    assert agree(first, second)
+    assert agree(result.original.state_dict(), before)
+
+
+def test_an_original_that_is_given_has_no_known_layers() -> None:
+    result, data = of_zoo("vgg"), samples("vgg")
+    plain, guided = (states(quick(result, data, original=result.original, features=f)) for f in (False, True))
+    assert agree(plain, guided)
+
+
+def test_features_is_a_flag() -> None:
+    with pytest.raises(OptionError, match="features is 'all'; expected True or False"):
+        quick(of_zoo("vgg"), samples("vgg"), features="all")
