@@ -38,6 +38,7 @@ def main() -> None:
     options.add_argument("--budgets", type=int, nargs="+", default=[70, 50, 30], help="percent of the model's FLOPs")
     options.add_argument("--grids", type=int, nargs="+", default=[1, 16], help="rank_multiple")
     options.add_argument("--methods", nargs="+", default=list(METHOD_SETS), choices=list(METHOD_SETS))
+    options.add_argument("--correct", action="store_true", help="biases, by what BatchNorm says of the inputs")
     options.add_argument("--cache", type=Path, default=None, help="folder that keeps errors between runs")
     arguments = options.parse_args()
     if arguments.data is None:
@@ -73,6 +74,7 @@ def compress_all(
         methods=METHOD_SETS[methods],
         target=target,
         rank_multiple=grid,
+        correct=arguments.correct,
         cache_dir=arguments.cache,
     )
     profile_s = time.perf_counter() - started

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from tdfx.chains import Solved
+from tdfx.contained import reason
 from tdfx.divergence import divergence, resolve_output
 from tdfx.inputs import run
 from tdfx.passes.correct import FindCorrections, OutputSpread, ReestimateBatchNorm
@@ -38,15 +39,29 @@ class Outcome:
     after: float
 
 
+class Unfit(Exception):
+    """The inputs cannot tell whether a correction helps; says why."""
+
+
 class Trial:
-    """The original's inputs and outputs, to fit corrections on and to judge them by."""
+    """The original's inputs and outputs, to fit corrections on and to judge them by.
+
+    Raises:
+        Unfit: there are too few samples, or the original does not run on so many at once.
+    """
 
     def __init__(self, captured: Capture, inputs: tuple[Tensor, ...]) -> None:
+        if not inputs or len(inputs[0]) < HELD_OUT:
+            raise Unfit(f"it takes at least {HELD_OUT} samples to fit and judge it")
         count = min(len(inputs[0]), _affordable(captured))
         held = torch.arange(count) % HELD_OUT == HELD_OUT - 1
         self.fit = tuple(value[:count][~held] for value in inputs)
         self.held = tuple(value[:count][held] for value in inputs)
-        self.reference = run(captured.module, self.held, {})
+        try:
+            run(captured.module, self.fit, {})
+            self.reference = run(captured.module, self.held, {})
+        except Exception as error:
+            raise Unfit(f"the network does not run on {len(self.fit[0])} samples at once: {reason(error)}") from error
         self.output = resolve_output("auto", self.reference, self.held)
 
     def divergence(self, module: fx.GraphModule) -> float:
@@ -64,6 +79,9 @@ def correct_spread(
         captured: the original.
         solved: by name of the site; only those with a bias are corrected.
         inputs: samples, one tensor a placeholder.
+
+    Raises:
+        Unfit: these inputs do not do for that.
     """
     trial = Trial(captured, inputs)
     names = {entry.last: name for name, entry in solved.items() if entry.bias is not None}
@@ -85,7 +103,11 @@ def correct_spread(
 def correct_batch_norms(
     captured: Capture, compressed: fx.GraphModule, inputs: tuple[Tensor, ...]
 ) -> tuple[fx.GraphModule, Outcome]:
-    """The network with BatchNorm's statistics taken anew, if that helps."""
+    """The network with BatchNorm's statistics taken anew, if that helps.
+
+    Raises:
+        Unfit: these inputs do not do for that.
+    """
     trial = Trial(captured, inputs)
     before = trial.divergence(compressed)
     estimated = ReestimateBatchNorm(trial.fit).run(compressed)

@@ -123,7 +123,7 @@ def check_cover(model: nn.Module, result: Result) -> None:
 
 
 def check_output(model: DrawnNetwork, x: Tensor, result: Result) -> None:
-    """Against the caller's own network in float64, each compressed layer with the weight its factors stand for, and its chain's bias.
+    """Against the caller's own network in float64, each compressed layer with its chain's weight and bias.
 
     Where BatchNorm was folded, the factors are those of the folded weight, which dividing by its scale undoes.
     What remains is the rounding of folded weights and biases: less than 1000 units for these depths.

@@ -68,9 +68,9 @@ class Decomposition(ABC):
         return (factors[-1].flatten(1) @ filters.flatten(1)).reshape(-1, *filters.shape[1:])
 
     def solve(
-        self, weight: Tensor, rank: Rank, metric: Metric | None, *, seed: int = 0, steps: int = POLISH
+        self, weight: Tensor, rank: Rank, metric: Metric | None, *, seed: int = 0, draft: bool = False
     ) -> Factors:
-        """Factors near in a metric, None for the Frobenius norm; ``steps`` of refinement at most.
+        """Factors near in a metric, None for the Frobenius norm; a draft is as near as comparing candidates takes.
 
         Here: those of the weight with outputs and input channels made white, refined.
         """
@@ -84,7 +84,7 @@ class Decomposition(ABC):
         if metric.out_roots is not None:
             last = along(last, 0, metric.out_roots[1])
         start = (along(first, 1, inverse), *middle, last)
-        return self.balanced(refine(self.filters, weight, start, metric, steps))
+        return self.balanced(refine(self.filters, weight, start, metric, self.steps if draft else POLISH, draft=draft))
 
     def start(self, weight: Tensor, rank: Rank, *, seed: int) -> Factors:
         """Factors to refine from; near, if need not be as near as those of ``decompose``."""
@@ -112,8 +112,8 @@ class Decomposition(ABC):
     def errors(
         self, weight: Tensor, ranks: Sequence[Rank], metric: Metric | None = None, *, seed: int = 0
     ) -> list[float]:
-        """Norms of what ``solve`` leaves at each rank, in the metric, after ``steps``; float64 weight."""
-        found = (self.solve(weight, rank, metric, seed=seed, steps=self.steps) for rank in ranks)
+        """Norms of what ``solve`` leaves at each rank, of a draft, in the metric; float64 weight."""
+        found = (self.solve(weight, rank, metric, seed=seed, draft=True) for rank in ranks)
         return [norm_in(metric, weight - self.reconstruct(factors)) for factors in found]
 
     def shortlist(self, site: Site, weight: Tensor, ranks: Sequence[Rank]) -> tuple[Rank, ...]:

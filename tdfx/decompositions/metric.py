@@ -22,6 +22,7 @@ from torch import Tensor
 from tdfx.decompositions.spectrum import EXACT_UP_TO, thin_svd
 
 FLOOR = 1e-6
+LARGE = 1024  # columns from which products with S that need no more are in float32
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,14 +40,29 @@ class Metric:
     def norm(self, difference: Tensor) -> float:
         """sqrt(tr(G D S D^T)) of a difference (out, ...), flattened after its first dimension."""
         matrix = difference.flatten(1)
-        energy = (matrix @ self.in_cov) * (matrix if self.out_cov is None else self.out_cov @ matrix)
+        energy = self.times_in_cov(matrix) * (matrix if self.out_cov is None else self.out_cov @ matrix)
         return math.sqrt(max(float(energy.sum()), 0.0))
 
+    def times_in_cov(self, matrix: Tensor) -> Tensor:
+        """M S for a matrix (m, n), float64; where n is ``LARGE`` to float32's precision."""
+        if self._single is None:
+            return matrix @ self.in_cov
+        scale = float(matrix.abs().max()) or 1.0  # a small difference must not vanish
+        return ((matrix / scale).float() @ self._single).double() * scale
+
+    @property
+    def is_large(self) -> bool:
+        """Whether ``times_in_cov`` is in single precision."""
+        return len(self.in_cov) >= LARGE
+
     @cached_property
-    def floored_in_cov(self) -> Tensor:
-        """S plus ``FLOOR`` of its largest eigenvalue on the diagonal; the identity where S is zero."""
-        largest = _largest_eigenvalue(self.in_cov)
-        return self.in_cov + (FLOOR * largest or 1.0) * torch.eye(len(self.in_cov), dtype=self.in_cov.dtype)
+    def _single(self) -> Tensor | None:
+        return self.in_cov.float() if self.is_large else None
+
+    @cached_property
+    def floor(self) -> float:
+        """``FLOOR`` of the largest eigenvalue of S, to be added to its diagonal; 1 where S is zero."""
+        return FLOOR * _largest_eigenvalue(self.in_cov) or 1.0
 
     @cached_property
     def out_roots(self) -> tuple[Tensor, Tensor] | None:

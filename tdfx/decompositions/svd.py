@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from tdfx.decompositions.base import POLISH, Decomposition, Factors
+from tdfx.decompositions.base import Decomposition, Factors
 from tdfx.decompositions.chain import link, pointwise, spatial
 from tdfx.decompositions.metric import Metric, metric_svd
 from tdfx.decompositions.spectrum import tail_norms
@@ -49,7 +49,7 @@ class SVD(Decomposition):
         return self.solve(weight, rank, None)
 
     def solve(
-        self, weight: Tensor, rank: Rank, metric: Metric | None, *, seed: int = 0, steps: int = POLISH
+        self, weight: Tensor, rank: Rank, metric: Metric | None, *, seed: int = 0, draft: bool = False
     ) -> Factors:
         (r,) = rank
         ones = (1,) * (weight.dim() - 2)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from tdfx.chains import Solved, solve
-from tdfx.correction import correct_batch_norms, correct_spread
+from tdfx.correction import Unfit, correct_batch_norms, correct_spread
 from tdfx.decompositions import registry
 from tdfx.decompositions.base import Factors
 from tdfx.errors import OptionError, PlanError, VerificationError
@@ -131,9 +131,13 @@ def carry_out(
         if not candidate.is_dense
     }
     outcome = None
-    corrects = factors is None and plan.corrected and moments is not None and moments.inputs and solved
+    corrects = factors is None and plan.corrected and moments is not None and bool(solved)
+    notes: tuple[str, ...] = ()
     if corrects and moments is not None and not plan.trainable:
-        solved, outcome = correct_spread(captured, solved, moments.inputs)
+        try:
+            solved, outcome = correct_spread(captured, solved, moments.inputs)
+        except Unfit as error:
+            notes = (f"the spread of outputs was not corrected: {error}",)
     replacements = {name: entry.replacement() for name, entry in solved.items()}
     compressed = Factorize(replacements).run(module)
     if isinstance(factors, Mapping):
@@ -150,7 +154,10 @@ def carry_out(
         verification["chains"] = VerifyChains(inputs, replacements).run(module)
         verification["network"] = _verify_network(captured, compressed, replacements)
     if corrects and moments is not None and plan.trainable:
-        compressed, outcome = correct_batch_norms(captured, compressed, moments.inputs)
+        try:
+            compressed, outcome = correct_batch_norms(captured, compressed, moments.inputs)
+        except Unfit as error:
+            notes = (f"BatchNorm was not estimated anew: {error}",)
     if outcome is not None:
         verification["correction"] = asdict(outcome)
     if verify == "full":
@@ -176,7 +183,7 @@ def carry_out(
         tier=captured.tier,
         timings_s={"factorize": factorized_s, "verify": verified_s},
         verification=verification,
-        notes=(*captured.notes, *plan.notes, *((EMPTY_NOTE,) if factors == EMPTY else ())),
+        notes=(*captured.notes, *plan.notes, *notes, *((EMPTY_NOTE,) if factors == EMPTY else ())),
         versions={"tdfx": VERSION, "torch": torch.__version__, "python": platform.python_version()},
     )
     return Result(compressed, carried_out, carried_out.before, after, plan.skipped, report, copy.deepcopy(module))

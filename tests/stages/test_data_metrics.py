@@ -298,3 +298,33 @@ def test_a_weight_plan_is_corrected_from_batch_norm_alone() -> None:
     assert errors[1] < 0.5 * errors[0]
     again = tdfx.apply(network(), DATA[:2], corrected.plan)
     assert json.loads(again.plan.to_json()) == json.loads(corrected.plan.to_json())
+
+
+def test_a_single_image_does() -> None:
+    result = tdfx.compress(
+        network(), DATA[:2], budget="flops=50%", methods=METHODS, calibration=DATA[:1], target=None, rank_multiple=1
+    )
+    assert any("was not corrected: it takes at least 4 samples" in note for note in result.report.notes)
+    with torch.no_grad():
+        assert bool(result.module(HELD_OUT).isfinite().all())
+
+
+class OfTwo(nn.Module):
+    """Runs on two samples at once and on no other number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.Linear(16, 16), nn.Linear(32, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(self.layer(x).relu().reshape(1, 32))
+        return y.expand(2, 4)
+
+
+def test_a_network_of_one_batch_size_is_compressed_without_the_last_correction() -> None:
+    x = torch.randn(16, 16, generator=torch.Generator().manual_seed(0))
+    result = tdfx.compress(
+        OfTwo().eval(), x[:2], budget="flops=70%", calibration=list(x.split(2)), methods=["svd"], target=None,
+        rank_multiple=1, output="values",
+    )  # fmt: skip
+    assert any("does not run on 12 samples at once" in note for note in result.report.notes)
