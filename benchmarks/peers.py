@@ -3,6 +3,8 @@
 ``Balf`` follows arXiv 2509.25136 as described there: the unfolded convolution is cut by an SVD whitened with the
 uncentred second moment of its input, the energy kept is normalised by layer, and ranks come from a Lagrangian
 relaxation of the FLOPs budget; biases are not corrected. A convolution becomes a k x k one and a 1 x 1 one.
+
+The extra ``peers`` installs the others.
 """
 
 from __future__ import annotations

@@ -30,6 +30,7 @@ SIDE = 16  # pixels, enlarged from 8
 HELD_OUT = 360
 EPOCHS, BATCH, RATE = 4, 64, 0.1
 BUDGET = "flops=50%"
+CALIBRATION = 256  # unlabeled images
 MOST_LOST, MOST_FLOPS, MOST_DIFFERENCE = 0.02, 0.5, 1e-4
 
 
@@ -103,7 +104,7 @@ def demo(
         example = digits.held_out_images[:1]
         original_export = export_onnx(network, out / "original.onnx", example)
         save_state_dict(network, out / "original.safetensors")
-        result = compress(network, example, budget=BUDGET)
+        result = compress(network, example, budget=BUDGET, calibration=digits.images[:CALIBRATION])
         export = output.save(result, (example,), {})
     echo(f"{result.plan}\n")
     files = (out / "original.onnx", out / "model.onnx")
