@@ -62,7 +62,7 @@ def frontier(
             check_matplotlib()
         network, args, kwargs = model_and_inputs(model, weights, inputs, seed)
         score = None if evaluate is None else load_evaluate(evaluate)
-        source = None if data is None else Source(data, samples, mean, std, output)
+        source = Source.of(data, samples, mean, std, output)
         captured = capture(network, args, kwargs, trainable=trainable)
         cache = cache_folder(cache_dir)
         moments = None if source is None else source.moments(captured, metric, seed, cache)

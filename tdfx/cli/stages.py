@@ -81,10 +81,10 @@ def compress(
         with output_folder(out) as folder:
             network, args, kwargs = model_and_inputs(model, weights, inputs, seed)
             score = None if evaluate is None else load_evaluate(evaluate)
-            moments = None
-            if data is not None:
+            source, moments = Source.of(data, samples, mean, std, output), None
+            if source is not None:
                 captured = capture(network, args, kwargs, trainable=trainable)
-                moments = Source(data, samples, mean, std, output).moments(captured, metric, seed, cache)
+                moments = source.moments(captured, metric, seed, cache)
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", module=r"tdfx\.cli")  # the plan's notes, which the report prints
                 result = compress_model(
@@ -109,9 +109,10 @@ def compress(
                     evaluate=score,
                     cache_dir=cache,
                 )
-            if tune is not None and data is not None:
-                found = Source(data, samples, mean, std, output).read(captured)
-                result = tune_result(result, found, output=output, minutes=tune, seed=seed, cache_dir=cache)
+            if tune is not None and source is not None:
+                result = tune_result(
+                    result, source.read(captured), output=output, minutes=tune, seed=seed, cache_dir=cache
+                )
             written = write_onnx(folder, result, args, kwargs, opset, fixed_batch)
         typer.echo(f"{result.report}\n\n{parity(written)}\n{_files(out, ONNX, *FILES)}; tdfx.load reads it")
 
@@ -147,9 +148,8 @@ def profile(
         network, args, kwargs = model_and_inputs(model, weights, inputs, seed)
         captured = capture(network, args, kwargs, trainable=trainable)
         cache = cache_folder(cache_dir)
-        moments = None
-        if data is not None:
-            moments = Source(data, samples, mean, std, output).moments(captured, metric, seed, cache)
+        source = Source.of(data, samples, mean, std, output)
+        moments = None if source is None else source.moments(captured, metric, seed, cache)
         found = make_profile(
             captured,
             methods=names(methods),
@@ -212,10 +212,10 @@ def apply(
         found = None if moments is None else Moments.load(moments)
         with output_folder(out, FILES) as folder:
             network, args, kwargs = model_and_inputs(model, weights, inputs, chosen.seed)
-            if data is not None:
+            source = Source.of(data, samples, mean, std, output)
+            if source is not None:
                 captured = capture(network, args, kwargs, trainable=chosen.trainable)
                 cache = cache_folder(cache_dir)
-                source = Source(data, samples, mean, std, output)
                 found = source.moments(captured, chosen.metric, chosen.seed, cache)
             result = apply_plan(network, args, chosen, example_kwargs=kwargs, moments=found, verify=verify.value)
             folder.save_result(result)

@@ -114,6 +114,11 @@ class Source:
     std: str | None
     output: str
 
+    @classmethod
+    def of(cls, data: str | None, samples: int | None, mean: str | None, std: str | None, output: str) -> Source | None:
+        """None without ``--data``."""
+        return None if data is None else cls(data, samples, mean, std, output)
+
     def read(self, captured: Capture) -> object:
         """The inputs, for this model.
 

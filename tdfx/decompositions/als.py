@@ -106,6 +106,13 @@ def balance_components(factors: Factors) -> Factors:
     return tuple(factor * (mean / norm.clamp_min(tiny)) for factor, norm in zip(factors, norms, strict=True))
 
 
+def balance_chain(factors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The same for the weights of a chain: (R, ...) all but the last one, which is (out, R, ...)."""
+    *others, expand = factors
+    last, *first = balance_components((expand.flatten(1), *(factor.flatten(1).T for factor in others)))
+    return *(new.T.reshape(old.shape) for new, old in zip(first, others, strict=True)), last.reshape(expand.shape)
+
+
 def khatri_rao(factors: Sequence[Tensor]) -> Tensor:
     """Column-wise Kronecker product of matrices (n_1, R), (n_2, R), ...: (n_1 n_2 ..., R)."""
     return reduce(lambda left, right: (left.unsqueeze(1) * right).flatten(0, 1), factors)

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from tdfx.decompositions.als import SWEEPS, alternate, balance_components, exact, exact_rank, flops
+from tdfx.decompositions.als import SWEEPS, alternate, balance_chain, balance_components, exact, exact_rank, flops
 from tdfx.decompositions.base import Decomposition, Factors
 from tdfx.decompositions.chain import link, pointwise, spatial
 from tdfx.records.layer import LayerSpec, Rank, Site
@@ -76,10 +76,7 @@ class CP(Decomposition):
         return reduce * depthwise  # (R, in, 1, 1) and (R, 1, k, k) broadcast to (R, in, k, k)
 
     def balanced(self, factors: Factors) -> Factors:
-        reduce, depthwise, expand = factors
-        components = balance_components((expand.flatten(1), reduce.flatten(1).T, depthwise.flatten(1).T))
-        a, b, c = (factor.T for factor in components)
-        return b.reshape(reduce.shape), c.reshape(depthwise.shape), a.T.reshape(expand.shape)
+        return balance_chain(factors)
 
 
 def affordable_ranks(method: Decomposition, site: Site, multiple: int) -> tuple[Rank, ...]:

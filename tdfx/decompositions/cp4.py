@@ -15,7 +15,7 @@ from operator import mul
 
 from torch import Tensor
 
-from tdfx.decompositions.als import SWEEPS, alternate, balance_components, exact, exact_rank
+from tdfx.decompositions.als import SWEEPS, alternate, balance_chain, balance_components, exact, exact_rank
 from tdfx.decompositions.base import Decomposition, Factors
 from tdfx.decompositions.chain import along_each, link, pointwise
 from tdfx.decompositions.cp import START_SWEEPS, affordable_ranks
@@ -78,7 +78,4 @@ class CP4(Decomposition):
         return reduce(mul, others)  # (R, in, 1, 1), (R, 1, k, 1) and (R, 1, 1, k) broadcast to (R, in, k, k)
 
     def balanced(self, factors: Factors) -> Factors:
-        *others, expand = factors
-        components = balance_components((expand.flatten(1), *(factor.flatten(1).T for factor in others)))
-        last, *first = components
-        return *(new.T.reshape(old.shape) for new, old in zip(first, others, strict=True)), last.reshape(expand.shape)
+        return balance_chain(factors)

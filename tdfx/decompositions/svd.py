@@ -36,7 +36,8 @@ class SVD(Decomposition):
         return None
 
     def full_rank(self, site: Site) -> Rank:
-        return (min(site.layer.in_channels, site.layer.out_channels),)
+        out_channels, *others = site.layer.weight_shape
+        return (min(out_channels, math.prod(others)),)
 
     def chain(self, site: Site, rank: Rank) -> tuple[LayerSpec, ...]:
         layer, (r,) = site.layer, rank
@@ -54,7 +55,7 @@ class SVD(Decomposition):
         (r,) = rank
         ones = (1,) * (weight.dim() - 2)
         left, right, _ = metric_svd(weight.flatten(1), metric)
-        return right[:r].reshape(r, -1, *ones), left[:, :r].reshape(-1, r, *ones)
+        return right[:r].reshape(r, *weight.shape[1:]), left[:, :r].reshape(-1, r, *ones)
 
     def filters(self, factors: Sequence[Tensor]) -> Tensor:
         return factors[0]

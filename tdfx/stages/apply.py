@@ -121,7 +121,7 @@ def carry_out(
     if factors is None:
         scoring = scoring_of(captured, tuple(sites.values()), metas, metric, moments, plan.corrected)
     else:
-        scoring = _scoring_of_stored(captured, tuple(sites.values()), metas, plan, factors)
+        scoring = _scoring_of_stored(captured, tuple(sites.values()), metas, plan)
 
     started = time.perf_counter()
     wanted = {c.site: replace(c, metric=metric) for c in plan.candidates}
@@ -131,11 +131,11 @@ def carry_out(
         if not candidate.is_dense
     }
     outcome = None
-    corrects = factors is None and plan.corrected and moments is not None and bool(solved)
+    samples = moments.inputs if factors is None and plan.corrected and moments is not None and solved else None
     notes: tuple[str, ...] = ()
-    if corrects and moments is not None and not plan.trainable:
+    if samples is not None and not plan.trainable:
         try:
-            solved, outcome = correct_spread(captured, solved, moments.inputs)
+            solved, outcome = correct_spread(captured, solved, samples)
         except Unfit as error:
             notes = (f"the spread of outputs was not corrected: {error}",)
     replacements = {name: entry.replacement() for name, entry in solved.items()}
@@ -153,9 +153,9 @@ def carry_out(
     if factors != EMPTY:
         verification["chains"] = VerifyChains(inputs, replacements).run(module)
         verification["network"] = _verify_network(captured, compressed, replacements)
-    if corrects and moments is not None and plan.trainable:
+    if samples is not None and plan.trainable:
         try:
-            compressed, outcome = correct_batch_norms(captured, compressed, moments.inputs)
+            compressed, outcome = correct_batch_norms(captured, compressed, samples)
         except Unfit as error:
             notes = (f"BatchNorm was not estimated anew: {error}",)
     if outcome is not None:
@@ -298,7 +298,6 @@ def _scoring_of_stored(
     sites: Sequence[Site],
     metas: dict[str, TensorMeta],
     plan: Plan,
-    factors: Mapping[str, Tensor] | Literal["empty"],
 ) -> Scoring:
     """Which chains have gained a bias, though nothing is solved."""
     if not plan.corrected:
