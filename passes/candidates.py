@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from tdfx.cache import ListCache, sources_digest
-from tdfx.decompositions.base import Decomposition
+from tdfx.decompositions.base import Decomposition, whitened
 from tdfx.decompositions.metric import Metric
 from tdfx.errors import OptionError, WeightError
 from tdfx.fingerprint import tensor_digest
@@ -108,7 +108,8 @@ class FindCandidates(AnalysisPass[tuple[tuple[Candidate, ...], tuple[Skipped, ..
             return (pinned,) if method.is_rank(site, pinned) else (), none_fits
         if self.rule is not None:
             return self._ruled(self.rule, method, site, weight)
-        on_grid = method.shortlist(site, weight, method.ranks(site, self.rank_multiple))
+        white = whitened(weight, self.scoring.form(site))
+        on_grid = method.shortlist(site, white, method.ranks(site, self.rank_multiple))
         return tuple(dict.fromkeys((*method.ranks_below(site, self.rank_multiple), *on_grid))), none_fits
 
     def _ruled(self, rule: RankRule, method: Decomposition, site: Site, weight: Tensor) -> tuple[tuple[Rank, ...], str]:

@@ -13,10 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from tdfx.decompositions.chain import build_layer
-from tdfx.decompositions.metric import Metric
-from tdfx.decompositions.refine import along, refine
+from tdfx.decompositions.interpolation import from_knots
+from tdfx.decompositions.metric import Metric, along
+from tdfx.decompositions.refine import refine
 from tdfx.records.layer import LayerSpec, Rank, Site
 
+KNOTS = 5  # ranks whose errors are computed, to interpolate those of the others
 POLISH = 300  # steps of refinement for what is built
 
 Factors = tuple[Tensor, ...]
@@ -76,14 +78,10 @@ class Decomposition(ABC):
         """
         if metric is None:
             return self.decompose(weight, rank, seed=seed)
-        root, inverse = metric.channel_roots(weight.shape[1])
-        white = along(weight, 1, root)
-        if metric.out_roots is not None:
-            white = along(white, 0, metric.out_roots[0])
-        first, *middle, last = self.start(white, rank, seed=seed)
+        first, *middle, last = self.start(metric.whitened(weight), rank, seed=seed)
         if metric.out_roots is not None:
             last = along(last, 0, metric.out_roots[1])
-        start = (along(first, 1, inverse), *middle, last)
+        start = (along(first, 1, metric.channel_roots(weight.shape[1])[1]), *middle, last)
         return self.balanced(refine(self.filters, weight, start, metric, self.steps if draft else POLISH, draft=draft))
 
     def start(self, weight: Tensor, rank: Rank, *, seed: int) -> Factors:
@@ -112,12 +110,29 @@ class Decomposition(ABC):
     def errors(
         self, weight: Tensor, ranks: Sequence[Rank], metric: Metric | None = None, *, seed: int = 0
     ) -> list[float]:
-        """Norms of what ``solve`` leaves at each rank, of a draft, in the metric; float64 weight."""
-        found = (self.solve(weight, rank, metric, seed=seed, draft=True) for rank in ranks)
-        return [norm_in(metric, weight - self.reconstruct(factors)) for factors in found]
+        """Norms of what ``solve`` leaves at each rank, of a draft, in the metric; float64 weight.
+
+        Here: of ``KNOTS`` of the ranks, and for those between by ``guesses``.
+        """
+
+        def left(rank: Rank) -> float:
+            factors = self.solve(weight, rank, metric, seed=seed, draft=True)
+            return norm_in(metric, weight - self.reconstruct(factors))
+
+        if len(ranks) <= KNOTS:
+            return [left(rank) for rank in ranks]
+        return from_knots(left, ranks, self.guesses(whitened(weight, metric), ranks), KNOTS)
+
+    def guesses(self, weight: Tensor, ranks: Sequence[Rank]) -> list[float]:
+        """A number for each rank that its error is about proportional to, quickly computed; not negative.
+
+        Here for one rank R: log(2 R_max / R), near to how errors of CP fall on trained weights.
+        """
+        most = max(r for (r,) in ranks)
+        return [math.log(2 * most / r) for (r,) in ranks]
 
     def shortlist(self, site: Site, weight: Tensor, ranks: Sequence[Rank]) -> tuple[Rank, ...]:
-        """The ranks whose errors are worth computing for this weight."""
+        """The ranks whose errors are worth computing for this weight, in coordinates in which it is white."""
         return tuple(ranks)
 
     def unfoldings(self, weight: Tensor) -> tuple[Tensor, ...]:
@@ -189,3 +204,8 @@ def balance(factors: Sequence[Tensor]) -> Factors:
 def norm_in(metric: Metric | None, difference: Tensor) -> float:
     """Norm of a difference of weights in a metric, None for the Frobenius norm."""
     return float(torch.linalg.vector_norm(difference)) if metric is None else metric.norm(difference)
+
+
+def whitened(weight: Tensor, metric: Metric | None) -> Tensor:
+    """The weight in coordinates in which the metric is near to the Frobenius norm."""
+    return weight if metric is None else metric.whitened(weight)

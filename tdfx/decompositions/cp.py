@@ -30,7 +30,7 @@ class CP(Decomposition):
     name = "cp"
     summary = "k x k conv -> 1 x 1, depthwise k x k, 1 x 1"
     source = "Lebedev et al. 2015, sec. 3; Kolda & Bader 2009, sec. 3.4"
-    steps = 20
+    steps = 40
     max_ranks = 10
 
     def unsupported(self, site: Site) -> str | None:

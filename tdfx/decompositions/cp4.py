@@ -28,7 +28,7 @@ class CP4(Decomposition):
     name = "cp4"
     summary = "k x k conv -> 1 x 1, depthwise k x 1, depthwise 1 x k, 1 x 1"
     source = "Lebedev et al. 2015, eq. 5"
-    steps = 20
+    steps = 40
     max_ranks = 6
 
     def unsupported(self, site: Site) -> str | None:

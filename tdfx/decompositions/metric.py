@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor
 from tdfx.decompositions.spectrum import EXACT_UP_TO, thin_svd
 
 FLOOR = 1e-6
-LARGE = 1024  # columns from which products with S that need no more are in float32
+LARGE = 512  # columns from which products with S that need no more are in float32
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,9 +44,11 @@ class Metric:
         return math.sqrt(max(float(energy.sum()), 0.0))
 
     def times_in_cov(self, matrix: Tensor) -> Tensor:
-        """M S for a matrix (m, n), float64; where n is ``LARGE`` to float32's precision."""
+        """M S for a matrix (m, n), in its precision; where n is ``LARGE`` to float32's precision."""
         if self._single is None:
             return matrix @ self.in_cov
+        if matrix.dtype == torch.float32:
+            return matrix @ self._single
         scale = float(matrix.abs().max()) or 1.0  # a small difference must not vanish
         return ((matrix / scale).float() @ self._single).double() * scale
 
@@ -69,10 +71,19 @@ class Metric:
         """G^1/2 and its inverse; None for the identity."""
         return None if self.out_cov is None else roots(self.out_cov)
 
+    def whitened(self, weight: Tensor) -> Tensor:
+        """A weight (out, in, *kernel) in the coordinates in which its outputs and input channels are white."""
+        return _whitened(self, weight)
+
     def channel_roots(self, channels: int) -> tuple[Tensor, Tensor]:
         """S^1/2 and its inverse of the input channels alone, S averaged over the kernel's positions."""
-        kernel = len(self.in_cov) // channels
-        return roots(self.in_cov.reshape(channels, kernel, channels, kernel).diagonal(dim1=1, dim2=3).mean(-1))
+        return _channel_roots(self, channels)
+
+
+def along(tensor: Tensor, dim: int, matrix: Tensor) -> Tensor:
+    """The tensor with a matrix applied to one of its dimensions."""
+    applied: Tensor = torch.tensordot(matrix, tensor, ([1], [dim])).movedim(0, dim)
+    return applied
 
 
 def roots(covariance: Tensor) -> tuple[Tensor, Tensor]:
@@ -116,6 +127,19 @@ def metric_svd(matrix: Tensor, metric: Metric | None) -> tuple[Tensor, Tensor, T
     dead = (norms[0] == 0) | (norms[1] == 0)
     scale = torch.where(dead, torch.ones_like(scale), scale)
     return left * scale, right / scale[:, None], energies.clamp_min(0).sqrt()
+
+
+# All methods and ranks of a site ask for these in turn.
+@lru_cache(maxsize=1)
+def _whitened(metric: Metric, weight: Tensor) -> Tensor:
+    white = along(weight, 1, metric.channel_roots(weight.shape[1])[0])
+    return white if metric.out_roots is None else along(white, 0, metric.out_roots[0])
+
+
+@lru_cache(maxsize=1)
+def _channel_roots(metric: Metric, channels: int) -> tuple[Tensor, Tensor]:
+    kernel = len(metric.in_cov) // channels
+    return roots(metric.in_cov.reshape(channels, kernel, channels, kernel).diagonal(dim1=1, dim2=3).mean(-1))
 
 
 def _largest_eigenvalue(covariance: Tensor) -> float:

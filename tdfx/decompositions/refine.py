@@ -10,6 +10,7 @@ Source: Golub and Pereyra 1973, section 2 (variable projection); Byrd et al. 199
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 
@@ -19,21 +20,15 @@ from numpy.typing import NDArray
 from scipy.optimize import minimize
 from torch import Tensor
 
-from tdfx.decompositions.metric import Metric
+from tdfx.decompositions.metric import Metric, along
 
-WORK = 1e9  # floating-point operations of a step in the products with S; where one takes more, fewer are made
+WORK = 5e8  # floating-point operations of a step in the products with S; where one takes more, fewer are made
 DAMPING = {torch.float64: 1e-9, torch.float32: 1e-6}  # of the mean diagonal of K S K^T, by precision of the products
 LEAST_GAIN = 1e-6  # of a step, as a share of the weight's own norm, squared
 
 Factors = tuple[Tensor, ...]
 Filters = Callable[[Sequence[Tensor]], Tensor]
 Vector = NDArray[np.float64]
-
-
-def along(tensor: Tensor, dim: int, matrix: Tensor) -> Tensor:
-    """The tensor with a matrix applied to one of its dimensions."""
-    applied: Tensor = torch.tensordot(matrix, tensor, ([1], [dim])).movedim(0, dim)
-    return applied
 
 
 def refine(
@@ -54,77 +49,80 @@ def refine(
     root, inverse = metric.channel_roots(weight.shape[1])
     problem = _Projection(weight, metric)
     start = [along(others[0], 1, root), *others[1:]]
-    scales = [float(torch.linalg.vector_norm(factor)) or 1.0 for factor in start]
 
-    def expand(vector: Vector) -> list[Tensor]:
+    def expand(vector: Vector, dtype: torch.dtype) -> list[Tensor]:
         parts = np.split(vector, np.cumsum([np.prod(shape, dtype=int) for shape in shapes])[:-1])
-        return [
-            torch.from_numpy(part).reshape(shape) * scale
-            for part, shape, scale in zip(parts, shapes, scales, strict=True)
-        ]
+        return [torch.from_numpy(part).to(dtype).reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
 
     def colour(white: Sequence[Tensor]) -> list[Tensor]:
-        return [along(white[0], 1, inverse), *white[1:]]
+        return [along(white[0], 1, inverse.to(white[0])), *white[1:]]
 
     def value_and_gradient(vector: Vector) -> tuple[float, Vector]:
-        white = [factor.requires_grad_(True) for factor in expand(vector)]
+        white = [factor.requires_grad_(True) for factor in expand(vector, problem.dtype)]
         made = filters((*colour(white), last)).flatten(1)
         value, gradient = problem.value_and_gradient(made.detach())
         gradients = torch.autograd.grad(made, white, gradient)
-        flat = [(g * scale).reshape(-1).numpy() for g, scale in zip(gradients, scales, strict=True)]
-        return value, np.concatenate(flat)
+        return value, np.concatenate([g.double().reshape(-1).numpy() for g in gradients])
 
     def left(factors: Factors) -> float:
         made = factors[-1].flatten(1) @ filters(factors).flatten(1)
         return metric.norm(weight.flatten(1) - made)
 
-    flat = np.concatenate([(f / scale).reshape(-1).numpy() for f, scale in zip(start, scales, strict=True)])
+    # The last factor takes up the norms of the others.
+    flat = np.concatenate([(f / (float(torch.linalg.vector_norm(f)) or 1.0)).reshape(-1).numpy() for f in start])
     work = 2 * weight[0].numel() ** 2 * last[0].numel()
     most = min(steps, int(steps * WORK / work))
     if most:
         options = {"maxiter": most, "maxcor": 20, "ftol": LEAST_GAIN, "gtol": 0.0}
         flat = minimize(value_and_gradient, flat, jac=True, method="L-BFGS-B", options=options).x
-    refined = colour(expand(flat))
+    refined = colour(expand(flat, torch.float64))
     mixing = problem.mixing(filters((*refined, last)).flatten(1), draft)
-    return min(tuple(factors), (*refined, mixing.reshape(last.shape)), key=left)
+    found = (*refined, mixing.reshape(last.shape))
+    return found if draft else min(tuple(factors), found, key=left)
 
 
 class _Projection:
-    """Least squares for the mixing matrix, and what it leaves as a function of the filters."""
+    """Least squares for the mixing matrix, and what it leaves as a function of the filters.
+
+    Attributes:
+        dtype: of the filters that the function and its gradient are wanted for.
+    """
 
     def __init__(self, weight: Tensor, metric: Metric) -> None:
         self.metric = metric
-        self.crossed, self.weighted, self.total = _crossed(weight, metric)
+        self.dtype = torch.float32 if metric.is_large else torch.float64
+        self.crossed, self.weighted = _crossed(weight, metric)
 
     def mixing(self, filters: Tensor, draft: bool) -> Tensor:
-        """The best A, (out, q)."""
-        _, factor = self._normal(filters, draft)
+        """The best A, (out, q), for float64 filters."""
+        product = self.metric.times_in_cov(filters) if draft else filters @ self.metric.in_cov
+        _, factor = self._normal(filters, product, torch.float32 if draft else torch.float64)
         return torch.cholesky_solve(filters @ self.crossed.T, factor).T
 
     def value_and_gradient(self, filters: Tensor) -> tuple[float, Tensor]:
         """Share of the weight's squared norm that is left, and its gradient (q, n)."""
-        product, factor = self._normal(filters, True)
+        product, factor = self._normal(filters, self.metric.times_in_cov(filters), self.dtype)
         right = filters @ self.weighted.T  # (q, out)
-        mixing = torch.cholesky_solve(right, factor)
-        value = 1 - float((right * mixing).sum()) / self.total
-        return value, (mixing @ (mixing.T @ product - self.weighted)) * (2 / self.total)
+        mixing = torch.cholesky_solve(right.double(), factor)
+        value = 1 - float((right * mixing).sum())
+        mixing = mixing.to(self.dtype)
+        return value, 2 * (mixing @ (mixing.T @ product - self.weighted))
 
-    def _normal(self, filters: Tensor, draft: bool) -> tuple[Tensor, Tensor]:
-        product = self.metric.times_in_cov(filters) if draft else filters @ self.metric.in_cov
+    def _normal(self, filters: Tensor, product: Tensor, precision: torch.dtype) -> tuple[Tensor, Tensor]:
+        """K S and the Cholesky factor of K S K^T, S floored."""
         product = product + self.metric.floor * filters
-        gram = product @ filters.T
-        damping = DAMPING[torch.float32 if draft and self.metric.is_large else torch.float64]
-        gram.diagonal().add_(damping * gram.diagonal().mean() + torch.finfo(gram.dtype).tiny)
+        gram = (product @ filters.T).double()
+        gram.diagonal().add_(DAMPING[precision] * gram.diagonal().mean() + torch.finfo(gram.dtype).tiny)
         return product, torch.linalg.cholesky(gram)
 
 
 @lru_cache(maxsize=1)  # all methods and ranks of a site ask for it in turn
-def _crossed(weight: Tensor, metric: Metric) -> tuple[Tensor, Tensor, float]:
-    """W S (out, n), with S floored; G^1/2 W S; and tr(G W S W^T)."""
+def _crossed(weight: Tensor, metric: Metric) -> tuple[Tensor, Tensor]:
+    """W S (out, n), with S floored; G^1/2 W S in the precision of the steps, for a weight of unit norm."""
     matrix = weight.flatten(1)
     crossed = matrix @ metric.in_cov + metric.floor * matrix
-    if metric.out_roots is None:
-        return crossed, crossed, float((crossed * matrix).sum()) or 1.0
-    root = metric.out_roots[0]
-    weighted = root @ crossed
-    return crossed, weighted, float((weighted * (root @ matrix)).sum()) or 1.0
+    root = None if metric.out_roots is None else metric.out_roots[0]
+    weighted, colored = (crossed, matrix) if root is None else (root @ crossed, root @ matrix)
+    total = float((weighted * colored).sum())
+    weighted = weighted / (math.sqrt(total) if total > 0 else 1.0)
+    return crossed, weighted.float() if metric.is_large else weighted

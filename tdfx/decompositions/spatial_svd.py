@@ -9,6 +9,7 @@ Source: Jaderberg, Vedaldi and Zisserman 2014, section 2.2 (scheme 2); Tai et al
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -46,7 +47,7 @@ class SpatialSVD(Decomposition):
     def decompose(self, weight: Tensor, rank: Rank, *, seed: int = 0) -> Factors:
         (r,) = rank
         out_channels, in_channels, height, width = weight.shape
-        u, s, vt = thin_svd(_unfold(weight))
+        u, s, vt = _svd(weight)
         root = s[:r].sqrt()
         vertical = (u[:, :r] * root).T.reshape(r, in_channels, height, 1)
         horizontal = (root[:, None] * vt[:r]).reshape(r, out_channels, 1, width).transpose(0, 1)
@@ -59,15 +60,22 @@ class SpatialSVD(Decomposition):
         columns = torch.eye(width, dtype=vertical.dtype, device=vertical.device).reshape(1, width, 1, 1, width)
         return (vertical.unsqueeze(1) * columns).flatten(0, 1)
 
+    def guesses(self, weight: Tensor, ranks: Sequence[Rank]) -> list[float]:
+        """What the truncated SVD leaves."""
+        return tail_norms(_svd(weight)[1], [r for (r,) in ranks])
+
     def unfoldings(self, weight: Tensor) -> tuple[Tensor, ...]:
         return (_unfold(weight),)
 
     def errors(
         self, weight: Tensor, ranks: Sequence[Rank], metric: Metric | None = None, *, seed: int = 0
     ) -> list[float]:
-        if metric is not None:
-            return super().errors(weight, ranks, metric, seed=seed)
-        return tail_norms(thin_svd(_unfold(weight))[1], [r for (r,) in ranks])
+        return self.guesses(weight, ranks) if metric is None else super().errors(weight, ranks, metric, seed=seed)
+
+
+@lru_cache(maxsize=1)  # all ranks ask for it in turn
+def _svd(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return thin_svd(_unfold(weight))
 
 
 def _unfold(weight: Tensor) -> Tensor:

@@ -65,14 +65,17 @@ class TensorTrain(Decomposition):
         bonds = (spaced(multiple, most, multiple, int(COMBINATIONS ** (1 / len(full)))) for most in full)
         return tuple(rank for rank in product(*bonds) if self.is_rank(site, rank) and self.saves(site, rank))
 
-    def shortlist(self, site: Site, weight: Tensor, ranks: Sequence[Rank]) -> tuple[Rank, ...]:
-        """Pareto front of MACs against the bound of theorem 2.2, thinned to ``max_ranks``."""
+    def guesses(self, weight: Tensor, ranks: Sequence[Rank]) -> list[float]:
+        """The bounds of theorem 2.2."""
         tails = []
         for unfolded in self.unfoldings(weight):
             gram = unfolded.T @ unfolded if unfolded.shape[0] > unfolded.shape[1] else unfolded @ unfolded.T
             tails.append([0.0, *torch.linalg.eigvalsh(gram).clamp_min(0).cumsum(0).tolist()][::-1])
-        bounds = {rank: sum(tail[r] for tail, r in zip(tails, rank, strict=True)) for rank in ranks}
-        return self.pareto_front(site, bounds)
+        return [sum(tail[r] for tail, r in zip(tails, rank, strict=True)) ** 0.5 for rank in ranks]
+
+    def shortlist(self, site: Site, weight: Tensor, ranks: Sequence[Rank]) -> tuple[Rank, ...]:
+        """Pareto front of MACs against ``guesses``, thinned to ``max_ranks``."""
+        return self.pareto_front(site, dict(zip(ranks, self.guesses(weight, ranks), strict=True)))
 
     def chain(self, site: Site, rank: Rank) -> tuple[LayerSpec, ...]:
         layer = site.layer

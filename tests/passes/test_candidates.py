@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, fx, nn
 
 from tdfx.cache import ListCache
 from tdfx.decompositions import registry
+from tdfx.decompositions.base import KNOTS
 from tdfx.decompositions.svd import SVD
 from tdfx.errors import OptionError, WeightError
 from tdfx.passes.candidates import FindCandidates, chain_cost, site_weight
@@ -99,14 +101,16 @@ def test_errors_are_those_of_the_factors(module: fx.GraphModule, method: str, me
     found, _ = find(module, [method], metric=metric, seed=3, multiple=8)
     decomposition = registry()[method]
     assert any(not candidate.is_dense for candidate in found)
+    offered = {site: [c for c in group if not c.is_dense] for site, group in groupby(found, lambda c: c.site)}
     for candidate in found:
         assert candidate.metric == metric
         if candidate.is_dense:
             continue
+        is_computed = len(offered[candidate.site]) <= KNOTS or method in ("svd", "channel_svd", "spatial_svd")
         weight = module.get_submodule(candidate.site).get_parameter("weight").detach().double()
         left = weight - decomposition.reconstruct(decomposition.decompose(weight, candidate.rank, seed=3))
         scale = {"weight:absolute": 1.0, "weight:relative": float(weight.norm()), "weight:scaled": weight.numel()}
-        assert candidate.error == pytest.approx(float(left.norm()) / scale[metric], rel=1e-6)
+        assert candidate.error == pytest.approx(float(left.norm()) / scale[metric], rel=1e-6 if is_computed else 0.1)
 
 
 def test_costs_are_those_of_the_chain(module: fx.GraphModule) -> None:
