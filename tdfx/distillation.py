@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -21,15 +22,22 @@ from tdfx.divergence import divergence, variance
 from tdfx.errors import InputError
 from tdfx.features import mismatch, observed
 from tdfx.files import replacing
-from tdfx.inputs import tensors
+from tdfx.inputs import run, tensors
 from tdfx.records.plan import MOST_SEED
 
-WARM_UP, LEAST_SHARE = 0.3, 0.04
+Found = TypeVar("Found")
+
+WARM_UP, LEAST_SHARE = 0.1, 0.04
 """Share of the steps in which the learning rate rises, and share of its peak that it starts from."""
 
 WEIGHT_DECAY = 0.01
-FEATURES = 40.0  # weight of the mismatch inside, beside the divergence of the outputs
+FEATURES = 1000.0  # weight of the mismatch inside, beside the divergence of the outputs
 LARGEST_GRADIENT = 1.0
+
+MOST_KEPT = 2 * 2**30
+"""Bytes of values inside the original that are kept in memory."""
+
+KEPT_AS = torch.bfloat16  # The range of float32, and rounding far below any mismatch.
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,22 +99,64 @@ class Task:
                 yield order[first : first + size]
 
 
-@dataclass(frozen=True, eq=False)
 class Guide:
-    """Values inside the original that the network is to have as well.
+    """Values inside the original that the network in training is to have as well.
+
+    They are kept, in bfloat16, where those for all samples take no more than ``MOST_KEPT`` bytes and have a row for
+    each; else the original runs again at every step.
 
     Attributes:
         original: network whose output has these values after it, in eval mode.
         names: of the nodes of the network in training that are to have them.
+        variances: of the values, as ``variance`` finds them for the first samples.
+        orders: of the dimensions of each value, samples first, as they follow each other in memory.
+        kept: the values for all samples with their dimensions in that order, or None.
+
+    Args:
+        first: the first samples of each input.
+        count: of all samples.
     """
 
-    original: fx.GraphModule
-    names: tuple[str, ...]
+    def __init__(self, original: fx.GraphModule, names: Sequence[str], first: Sequence[Tensor], count: int) -> None:
+        self.original = original
+        self.names = tuple(names)
+        values = self._values(first)
+        self.variances = [variance(value) for value in values]
+        self.orders = [_memory_order(value) for value in values]
+        shapes = [(count, *v.permute(order).shape[1:]) for v, order in zip(values, self.orders, strict=True)]
+        is_small = KEPT_AS.itemsize * sum(map(math.prod, shapes)) <= MOST_KEPT
+        is_kept = is_small and self._has_rows(first, values)
+        self.kept = [torch.empty(shape, dtype=KEPT_AS) for shape in shapes] if is_kept else None
 
-    def wanted(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        """The values for these inputs."""
-        with torch.no_grad():
-            return list(tensors(self.original(*inputs)))[-len(self.names) :]
+    def _has_rows(self, inputs: Sequence[Tensor], values: Sequence[Tensor]) -> bool:
+        """Whether all values have one row less for one sample less."""
+        try:
+            fewer = self._values([value[1:] for value in inputs])
+        except Exception:  # a network of one batch size
+            return False
+        return all(len(value) - 1 == len(other) for value, other in zip(values, fewer, strict=True))
+
+    def _values(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        return run(self.original, tuple(inputs), {})[-len(self.names) :]
+
+    def keep(self, first: int, values: Sequence[Tensor]) -> None:
+        """Takes in the values for the samples from this one on."""
+        if self.kept is not None:
+            for kept, value, order in zip(self.kept, values, self.orders, strict=True):
+                kept[first : first + len(value)] = value.permute(order)
+
+    def mismatch(self, found: Sequence[Tensor], inputs: Sequence[Tensor], rows: Tensor) -> Tensor:
+        """Of what was found for these samples, rows of the inputs."""
+        if self.kept is None:
+            return mismatch(self._values([value[rows] for value in inputs]), found, self.variances)
+        found = [value.permute(order) for value, order in zip(found, self.orders, strict=True)]
+        wanted = [value.index_select(0, rows).to(got.dtype) for value, got in zip(self.kept, found, strict=True)]
+        return mismatch(wanted, found, self.variances)
+
+
+def _memory_order(value: Tensor) -> list[int]:
+    strides = value.stride()
+    return sorted(range(value.dim()), key=lambda dim: (dim > 0, -strides[dim]))
 
 
 class Student:
@@ -149,13 +199,13 @@ class Student:
         self.total = 0
         self.seconds = 0.0
         self.restart()
-        self.before = self._choose_layout()
+        self.before = self._first_divergence()
         self.least = self.before if math.isfinite(self.before) else math.inf
 
     def restart(self) -> None:
         """Back to the best state, as if no step had been taken."""
         set_state(self.network, self.best)
-        self.optimizer = torch.optim.AdamW(self.weights, weight_decay=WEIGHT_DECAY)
+        self.optimizer = torch.optim.AdamW(self.weights, weight_decay=WEIGHT_DECAY, fused=True)
         self.step = 0
 
     def advance(self, rows: Tensor) -> bool:
@@ -165,8 +215,8 @@ class Student:
         outputs = self.task.outputs(self.network, rows)
         loss = self.task.divergence([outputs[index] for index in self.task.chosen], rows)
         if self.guide is not None:
-            wanted = self.guide.wanted([value[rows] for value in self.task.inputs])
-            loss = loss + FEATURES * mismatch(wanted, outputs[-len(wanted) :])
+            inside = outputs[-len(self.guide.names) :]
+            loss = loss + FEATURES * self.guide.mismatch(inside, self.task.inputs, rows)
         if not math.isfinite(loss.item()):
             return False
         self.optimizer.zero_grad()
@@ -210,21 +260,28 @@ class Student:
         vars(self).update(state)
         return True
 
-    def _choose_layout(self) -> float:
-        """Channels last where the network takes it: depthwise convolutions train twice as fast so; the divergence."""
-        convolutions = [module for module in self.network.modules() if isinstance(module, nn.Conv2d)]
-        _set_layout(convolutions, torch.channels_last)
+    def _first_divergence(self) -> float:
         try:
-            return self.evaluate()
-        except RuntimeError:  # Tensor.view refuses some of what comes out of them
-            _set_layout(convolutions, torch.contiguous_format)
-        try:
-            return self.evaluate()
+            return in_fastest_layout(self.network, self.evaluate)
         except Exception as error:
             raise InputError(
                 f"the compressed network does not run on {self.batch_size} samples of the data at once: "
                 f"{reason(error)}; check their shapes, or choose the batch_size of the example inputs"
             ) from error
+
+
+def in_fastest_layout(network: nn.Module, attempt: Callable[[], Found]) -> Found:
+    """What the attempt returns with the network's convolutions channels last, where it does not fail so.
+
+    Networks run and train up to twice as fast so on CPUs, those with depthwise convolutions above all.
+    """
+    convolutions = [module for module in network.modules() if isinstance(module, nn.Conv2d)]
+    _set_layout(convolutions, torch.channels_last)
+    try:
+        return attempt()
+    except RuntimeError:  # Tensor.view refuses some of what comes out of them
+        _set_layout(convolutions, torch.contiguous_format)
+    return attempt()
 
 
 def one_cycle(done: float) -> float:

@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from tdfx.cache import ListCache
 from tdfx.contained import plain_attention, reason
 from tdfx.data import batches
-from tdfx.distillation import Guide, Student, Task, set_state
+from tdfx.distillation import Guide, Student, Task, in_fastest_layout, set_state
 from tdfx.divergence import OUTPUTS, resolve_output
 from tdfx.errors import InputError, OptionError
 from tdfx.features import observed, paired_nodes
@@ -37,7 +37,7 @@ EVALUATIONS = 8
 MOST_EPOCHS = 50
 """Of a run that only minutes limit; with more of them, small networks learn the samples by heart."""
 
-TRIAL_STEPS = 3
+TRIAL_STEPS, TRIAL_S = 3, 2.0
 SAVE_S = 20.0
 
 
@@ -49,8 +49,8 @@ def tune(
     output: str = "auto",
     epochs: int | None = None,
     minutes: float | None = 3.0,
-    learning_rate: float = 5e-4,
-    batch_size: int = 128,
+    learning_rate: float = 1e-3,
+    batch_size: int = 32,
     held_out: float = 0.125,
     features: bool = True,
     seed: int = 0,
@@ -65,7 +65,8 @@ def tune(
 
     Args:
         result: what ``compress`` or ``apply`` returned; it stays as it is.
-        data: inputs as for ``calibrate``; labels in it are not looked at. Kept in memory, with the original's outputs.
+        data: inputs as for ``calibrate``; labels in it are not looked at. Kept in memory, with the original's outputs
+            and, where they take at most 2 GiB, the values inside it that ``features`` matches.
         original: the network to learn from; None for ``result.original``.
         output: "logits" (KL divergence), "values" (squared error over variance) or "auto", which goes by shapes.
         epochs: how often every sample is seen; with it, the run depends on nothing but inputs and options.
@@ -74,8 +75,8 @@ def tune(
         learning_rate: peak of the one-cycle schedule.
         batch_size: samples a step.
         held_out: share of the samples that are held out.
-        features: match what the compressed layers put out besides the outputs; only with ``result.original``, whose
-            layers are known.
+        features: match what the original's blocks hand on inside, besides the outputs; only with ``result.original``,
+            whose layers are known. With it, training is mostly by these values.
         seed: of the split, the order of the samples and Dropout.
         cache_dir: folder for the state of the run, from which an interrupted one goes on; removed at its end.
         progress: a function, True, False, or None for a bar on terminals only.
@@ -93,8 +94,7 @@ def tune(
     folder = ListCache(cache_dir).folder
     started = time.perf_counter()
     teacher = _teacher(result, original)
-    task = _task(result, teacher, data, settings)
-    guide = _guide(result) if features and original is None else None
+    task, guide = _lesson(result, teacher, data, settings, matches_inside=features and original is None)
     path = None
     if folder is not None:
         digests = (*map(weights_fingerprint, (result.module, teacher)), *map(tensor_digest, task.inputs))
@@ -163,36 +163,51 @@ def _graph(result: Result) -> fx.GraphModule:
     return result.module
 
 
-def _guide(result: Result) -> Guide | None:
-    """What the original's layers put out; None where no layer is called once in both networks."""
-    original = result.original
-    if not isinstance(original, fx.GraphModule):
-        return None
-    wanted, found = paired_nodes(original, _graph(result), result.plan)
-    return Guide(observed(original, wanted), tuple(found)) if found else None
-
-
-def _task(result: Result, teacher: nn.Module, data: object, settings: _Settings) -> Task:
-    """All samples with the original's outputs for them; of those, the ones that are floats with a row a sample."""
+def _lesson(
+    result: Result, teacher: nn.Module, data: object, settings: _Settings, *, matches_inside: bool
+) -> tuple[Task, Guide | None]:
+    """All samples with the original's outputs, those that are floats with a row a sample; and the values inside."""
     names = [str(node.target) for node in _graph(result).graph.nodes if node.op == "placeholder"]
     inputs = _read(data, names, settings.batch_size)
     positional = sum(spec.name is None for spec in result.report.inputs)
+
+    def outputs(batch: Sequence[Tensor], network: nn.Module) -> list[Tensor]:
+        kwargs = dict(zip(names[positional:], batch[positional:], strict=True))
+        with plain_attention():
+            return run(network, tuple(batch[:positional]), kwargs)
+
+    network = copy.deepcopy(teacher)  # its layout changes
+    size = settings.batch_size
     parts: list[list[Tensor]] = []
     chosen: set[int] | None = None
-    for batch in zip(*(torch.split(value, settings.batch_size) for value in inputs), strict=True):
-        kwargs = dict(zip(names[positional:], batch[positional:], strict=True))
-        try:
-            with plain_attention():
-                found = run(teacher, batch[:positional], kwargs)
-        except Exception as error:
-            raise InputError(f"the original does not run on the data: {reason(error)}") from error
-        rows = {i for i, value in enumerate(found) if value.is_floating_point() and value.shape[:1] == (len(batch[0]),)}
-        chosen = rows if chosen is None else chosen & rows
-        parts.append(found)
+    try:
+        first = [value[:size] for value in inputs]
+        in_fastest_layout(network, lambda: outputs(first, network))
+        with plain_attention():
+            guide = _guide(result, network, first, len(inputs[0])) if matches_inside else None
+        for start in range(0, len(inputs[0]), size):
+            batch = [value[start : start + size] for value in inputs]
+            found = outputs(batch, network if guide is None else guide.original)
+            if guide is not None:
+                guide.keep(start, found[-len(guide.names) :])
+                del found[-len(guide.names) :]
+            rows = {i for i, v in enumerate(found) if v.is_floating_point() and v.shape[:1] == (len(batch[0]),)}
+            chosen = rows if chosen is None else chosen & rows
+            parts.append(found)
+    except Exception as error:
+        raise InputError(f"the original does not run on the data: {reason(error)}") from error
     kept = tuple(sorted(chosen or ()))
     wanted = tuple(torch.cat([part[index] for part in parts]) for index in kept)
     output = resolve_output(settings.output, wanted, inputs)
-    return Task.split(inputs, wanted, kept, output, settings.held_out, settings.seed)
+    return Task.split(inputs, wanted, kept, output, settings.held_out, settings.seed), guide
+
+
+def _guide(result: Result, original: nn.Module, first: Sequence[Tensor], count: int) -> Guide | None:
+    """What the original hands on inside; None where no such value is known in both networks."""
+    if not isinstance(original, fx.GraphModule):
+        return None
+    wanted, found = paired_nodes(original, _graph(result), result.plan, first)
+    return Guide(observed(original, wanted), found, first, count) if found else None
 
 
 def _read(data: object, names: Sequence[str], batch_size: int) -> tuple[Tensor, ...]:
@@ -241,12 +256,14 @@ def _steps_until(end: float, student: Student, size: int, per_epoch: int) -> int
     begin = time.perf_counter()
     student.evaluate()
     evaluated = time.perf_counter()
-    student.total = TRIAL_STEPS
-    for rows in islice(student.task.shuffled(size, student.seed), TRIAL_STEPS):
-        student.advance(rows)
+    student.total = MOST_SEED  # the steps of the trial are as small as the first one
+    for trial, rows in enumerate(student.task.shuffled(size, student.seed), 1):
+        is_finite = student.advance(rows)
+        now = time.perf_counter()
+        if not is_finite or (trial >= TRIAL_STEPS and now - evaluated > TRIAL_S):
+            break
     student.restart()
-    now = time.perf_counter()
-    steps = int((end - now - EVALUATIONS * (evaluated - begin)) * TRIAL_STEPS / (now - evaluated))
+    steps = int((end - now - EVALUATIONS * (evaluated - begin)) * trial / (now - evaluated))
     if steps < per_epoch:
         return max(steps, 1)
     return min(steps // per_epoch, MOST_EPOCHS) * per_epoch
