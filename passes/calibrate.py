@@ -29,6 +29,7 @@ class Sums:
         shift: (n,), about the mean of the inputs; None before the first call. Products of what is left are small
             where the mean is large, so that they can be computed in the inputs' own precision.
         positions: rows that were added.
+        overlap: in how many rows of one sample an input value stands.
         reached: whether a gradient has come to the layer.
     """
 
@@ -37,6 +38,7 @@ class Sums:
     out_gram: Tensor | None
     shift: Tensor | None = None
     positions: int = 0
+    overlap: int = 1
     reached: bool = False
 
     @classmethod
@@ -44,7 +46,9 @@ class Sums:
         """Zeros for a layer in one group."""
         n, out = layer.in_channels * math.prod(layer.kernel_size), layer.out_channels
         zeros = torch.zeros(out, out, dtype=torch.float64) if gradients else None
-        return cls(torch.zeros(n, dtype=torch.float64), torch.zeros(n, n, dtype=torch.float64), zeros)
+        overlap = math.prod(math.ceil(size / step) for size, step in zip(layer.kernel_size, layer.stride, strict=True))
+        sums = torch.zeros(n, dtype=torch.float64), torch.zeros(n, n, dtype=torch.float64)
+        return cls(*sums, zeros, overlap=overlap)
 
     def add_input(self, value: Tensor, layer: Layer) -> None:
         """Adds the input of one call."""
@@ -70,7 +74,8 @@ class Sums:
         apart = self.total / self.positions
         in_cov = _whole(self.gram).div_(self.positions).sub_(apart[:, None] * apart)
         out_cov = None if self.out_gram is None else _whole(self.out_gram).div_(samples).float()
-        return SiteMoments((self.shift.double() + apart).float(), in_cov.float(), out_cov)
+        observations = max(self.positions // self.overlap, samples)
+        return SiteMoments((self.shift.double() + apart).float(), in_cov.float(), out_cov, observations)
 
 
 @dataclass(frozen=True)

@@ -54,8 +54,9 @@ class Solved:
         return replace(self, factors=(*others, scaled), bias=self.bias.double() * gain + shift)
 
     def error(self, weight: Tensor, scoring: Scoring) -> float:
-        """In the metric, of the weight that the factors stand for."""
-        return scoring.error(weight, weight - self.method.reconstruct(self.factors), scoring.form(self.site))
+        """In the metric, for the inputs that were seen, of the weight that the factors stand for."""
+        form = scoring.form(self.site, shrink=False)
+        return scoring.error(weight, weight - self.method.reconstruct(self.factors), form)
 
 
 def solve(graph_module: fx.GraphModule, site: Site, candidate: Candidate, scoring: Scoring, seed: int) -> Solved:

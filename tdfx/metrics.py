@@ -24,6 +24,7 @@ from tdfx.decompositions.base import norm_in
 from tdfx.decompositions.metric import Metric
 from tdfx.errors import OptionError
 from tdfx.moments import Moments, SiteMoments
+from tdfx.shrinkage import shrunk
 
 LOSS = "loss"
 FORMS = ("absolute", "relative", "scaled")
@@ -56,18 +57,20 @@ def needs_moments(metric: str) -> bool:
     return not metric.startswith("weight")
 
 
-def form_of(metric: str, moments: SiteMoments | None, *, corrected: bool) -> Metric | None:
+def form_of(metric: str, moments: SiteMoments | None, *, corrected: bool, shrink: bool = True) -> Metric | None:
     """The quadratic form that a site's factors are solved in; None for the Frobenius norm.
 
-    Without the bias corrected the mean of the inputs counts as well.
+    Without the bias corrected the mean of the inputs counts as well. Without ``shrink`` the form is that of the inputs
+    that were seen, with it an estimate for others (``shrinkage``).
     """
     if moments is None or not needs_moments(metric):
         return None
-    covariance, mean = moments.in_cov.double(), moments.mean.double()
+    observations = moments.observations if shrink else None
+    covariance, mean = shrunk(moments.in_cov.double(), observations), moments.mean.double()
     if not corrected:
         covariance = covariance + mean[:, None] * mean
     out_cov = moments.out_cov if metric == LOSS else None
-    return Metric(covariance, None if out_cov is None else out_cov.double())
+    return Metric(covariance, None if out_cov is None else shrunk(out_cov.double(), observations))
 
 
 def error_of(metric: str, norm: float, weight: Tensor, form: Metric | None) -> float:

@@ -18,7 +18,7 @@ from tdfx.files import replacing
 from tdfx.fingerprint import tensor_digest
 from tdfx.records.layer import Skipped
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,11 +30,14 @@ class SiteMoments:
         in_cov: (n, n), centred second moment of it, per position.
         out_cov: (out, out), second moment of the loss's gradient at the layer's output, summed over a sample's
             positions; None without a loss.
+        observations: how many independent inputs the covariances are of; None takes them as exact. Positions of all
+            samples, with windows that overlap counted once for each input value.
     """
 
     mean: Tensor
     in_cov: Tensor
     out_cov: Tensor | None = None
+    observations: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,6 +82,7 @@ class Moments:
             "version": VERSION,
             "skipped": [[entry.layer, entry.reason] for entry in self.skipped],
             "samples": self.samples,
+            "observations": {name: site.observations for name, site in self.sites.items()},
             "output": self.output,
             "structure": self.structure,
             "weights": self.weights,
@@ -106,13 +110,14 @@ class Moments:
         if about.pop("version", None) != VERSION:
             raise PlanError(f"{path} holds no moments of version {VERSION}; make them anew with tdfx.calibrate")
         skipped = tuple(Skipped(layer, reason) for layer, reason in about.pop("skipped"))
+        observations = about.pop("observations")
         fields: dict[str, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
             field, _, site = name.partition(":")
             fields.setdefault(site if field != "input" else "", {})[field if field != "input" else site] = tensor
         inputs = fields.pop("", {})
         return cls(
-            sites={site: SiteMoments(**values) for site, values in fields.items()},
+            sites={site: SiteMoments(**values, observations=observations[site]) for site, values in fields.items()},
             skipped=skipped,
             inputs=tuple(inputs[str(index)] for index in range(len(inputs))),
             **about,

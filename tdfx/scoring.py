@@ -39,10 +39,10 @@ class Scoring:
         reasons = () if self.moments is None else self.moments.skipped
         return next((entry.reason for entry in reasons if entry.layer == site.name), "it has no moments")
 
-    def form(self, site: Site) -> Metric | None:
-        """What the site's factors are solved in; None for the Frobenius norm."""
+    def form(self, site: Site, *, shrink: bool = True) -> Metric | None:
+        """What the site's factors are solved in, or without ``shrink`` judged by; None for the Frobenius norm."""
         moments = None if self.moments is None else self.moments.sites.get(site.name)
-        return form_of(self.metric, moments, corrected=site.name in self.means)
+        return form_of(self.metric, moments, corrected=site.name in self.means, shrink=shrink)
 
     def chained(self, site: Site) -> Site:
         """The site as its chain has it, with a bias where one is corrected."""

@@ -86,10 +86,10 @@ def test_files_that_hold_none(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot read moments"):
         Moments.load(path)
     safetensors.torch.save_file({"weight": draw(2)}, path)
-    with pytest.raises(PlanError, match="holds no moments of version 1; make them anew"):
+    with pytest.raises(PlanError, match="holds no moments of version 2; make them anew"):
         Moments.load(path)
-    safetensors.torch.save_file({"weight": draw(2)}, path, {"tdfx_moments": '{"version": 2}'})
-    with pytest.raises(PlanError, match="holds no moments of version 1"):
+    safetensors.torch.save_file({"weight": draw(2)}, path, {"tdfx_moments": '{"version": 1}'})
+    with pytest.raises(PlanError, match="holds no moments of version 2"):
         Moments.load(path)
 
 

@@ -328,3 +328,27 @@ def test_a_network_of_one_batch_size_is_compressed_without_the_last_correction()
         rank_multiple=1, output="values",
     )  # fmt: skip
     assert any("does not run on 12 samples at once" in note for note in result.report.notes)
+
+
+def test_few_samples_leave_no_direction_free() -> None:
+    """Of 40 inputs, 12 samples show 11 directions; the others are not given up."""
+    generator = torch.Generator().manual_seed(0)
+    spread = torch.arange(1, 41, dtype=torch.float64) ** -0.5
+    few, others = (torch.randn(n, 40, generator=generator, dtype=torch.float64) * spread for n in (12, 500))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(40, 32)).double().eval()
+    captured = tdfx.capture(model, few[:2])
+    moments = tdfx.calibrate(captured, few, metric="feature")
+    found = tdfx.profile(captured, moments=moments, methods="svd", target=None, rank_multiple=1)
+    at = next(c for c in found.candidates if c.rank >= (12,))
+    weight, (site,) = site_weight(captured.module, found.sites[0]), found.sites
+    scoring = Scoring(found.metric, moments, taken_means(moments))
+
+    def error(shrink: bool) -> float:
+        factors = registry()["svd"].solve(weight, at.rank, scoring.form(site, shrink=shrink))
+        left = (others - few.mean(0)) @ (weight - registry()["svd"].reconstruct(factors)).T
+        return float(left.norm() / ((others - few.mean(0)) @ weight.T).norm())
+
+    assert at.error == pytest.approx(error(shrink=True), rel=0.25)
+    assert error(shrink=True) < 0.9 * error(shrink=False)
