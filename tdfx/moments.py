@@ -72,6 +72,21 @@ class Moments:
             digest.update(f"{name} {tensor_digest(tensor)}\n".encode())
         return digest.hexdigest()[:32]
 
+    def scarcity(self) -> str | None:
+        """A sentence on sites whose inputs have more values than there are observations; None if there are none."""
+        scarce = {
+            name: (site.observations, len(site.mean))
+            for name, site in self.sites.items()
+            if site.observations is not None and site.observations < len(site.mean)
+        }
+        if not scarce:
+            return None
+        name, (observations, values) = min(scarce.items(), key=lambda item: item[1][0] / item[1][1])
+        return (
+            f"calibration saw little of {len(scarce)} layers, least of {name}: {observations} independent inputs of "
+            f"{values} values; more samples would lose less"
+        )
+
     def save(self, path: str | Path) -> None:
         """Writes a safetensors file, whole or not at all.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,9 +10,14 @@ from torch import Tensor
 
 from tdfx.decompositions.base import norm_in
 from tdfx.decompositions.metric import Metric
-from tdfx.metrics import error_of, form_of, needs_moments
+from tdfx.errors import PlanError
+from tdfx.metrics import LOSS, error_of, form_of, needs_moments
 from tdfx.moments import Moments
+from tdfx.passes.input_means import InputMeans
+from tdfx.passes.shape_prop import TensorMeta
+from tdfx.records.capture import Capture
 from tdfx.records.layer import Site
+from tdfx.records.plan import Plan
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +68,58 @@ class Scoring:
         return error_of(self.metric, norm_in(form, difference), weight, form)
 
 
+def scoring_of(
+    captured: Capture,
+    sites: Sequence[Site],
+    metas: dict[str, TensorMeta],
+    metric: str,
+    moments: Moments | None,
+    correct: bool,
+) -> Scoring:
+    """What errors are measured in; means of the inputs from moments, or from BatchNorm where there are none.
+
+    Raises:
+        PlanError: the moments are of another model or graph, or lack what the metric needs.
+    """
+    if moments is None and needs_moments(metric):
+        raise PlanError(f"metric {metric} needs moments; make them with tdfx.calibrate, or give calibration data")
+    if moments is not None:
+        _check_moments(captured, metric, moments)
+    if not correct:
+        return Scoring(metric, moments, {})
+    means = InputMeans(tuple(sites), metas).run(captured.module) if moments is None else taken_means(moments)
+    return Scoring(metric, moments, means)
+
+
+def scoring_of_stored(
+    captured: Capture,
+    sites: Sequence[Site],
+    metas: dict[str, TensorMeta],
+    plan: Plan,
+) -> Scoring:
+    """For factors that are given: which chains have gained a bias, though nothing is solved."""
+    if not plan.corrected:
+        return Scoring(plan.metric, None, {})
+    if plan.moments is None:
+        return Scoring(plan.metric, None, InputMeans(tuple(sites), metas).run(captured.module))
+    return Scoring(plan.metric, None, {site.name: torch.zeros(0) for site in sites})
+
+
 def taken_means(moments: Moments) -> dict[str, Tensor]:
     """Means of the inputs that moments hold, in float64."""
     return {name: site.mean.to(torch.float64) for name, site in moments.sites.items()}
+
+
+def _check_moments(captured: Capture, metric: str, moments: Moments) -> None:
+    if (moments.structure, moments.weights) != (captured.structure, captured.weights):
+        raise PlanError(
+            f"the moments are of another model (fingerprint {moments.weights[:8]}, this model {captured.weights[:8]}); "
+            "calibrate this one"
+        )
+    if moments.trainable != captured.trainable:
+        raise PlanError(
+            f"the moments were taken with trainable={moments.trainable}, the model was captured with "
+            f"trainable={captured.trainable}; use the same for both"
+        )
+    if metric == LOSS and moments.output is None:
+        raise PlanError('metric loss needs moments of the loss; calibrate with metric="loss", or use metric="feature"')

@@ -97,3 +97,21 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot write"):
         moments().save(tmp_path / "file" / "m")
+
+
+def test_scarcity_names_the_site_with_the_fewest_observations() -> None:
+    assert moments().scarcity() is None  # not known
+    site = moments().sites["block.0.conv"]  # of three values
+    assert replace(moments(), sites={"a": replace(site, observations=3)}).scarcity() is None
+    scarce = {name: replace(site, observations=n) for name, n in (("a", 2), ("b", 1), ("c", 9))}
+    found = replace(moments(), sites=scarce).scarcity()
+    assert found is not None
+    assert found.startswith("calibration saw little of 2 layers, least of b: 1 independent inputs of 3 values")
+
+
+def test_observations_are_kept(tmp_path: Path) -> None:
+    given = moments()
+    sites = {**given.sites, "head": replace(given.sites["head"], observations=7)}
+    replace(given, sites=sites).save(tmp_path / "m")
+    found = Moments.load(tmp_path / "m").sites
+    assert (found["head"].observations, found["block.0.conv"].observations) == (7, None)

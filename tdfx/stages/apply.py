@@ -25,20 +25,20 @@ from tdfx.passes.base import layer_at
 from tdfx.passes.candidates import chain_cost, site_weight
 from tdfx.passes.count import network_cost
 from tdfx.passes.factorize import Factorize, Replacement
-from tdfx.passes.input_means import InputMeans
-from tdfx.passes.shape_prop import ShapeProp, TensorMeta, bind
+from tdfx.passes.shape_prop import ShapeProp, bind
 from tdfx.passes.sites import FindSites
 from tdfx.passes.verify import VerifyChains, VerifyFullRank, relative_difference, with_reconstructed_weights
-from tdfx.records.candidate import Candidate, format_rank
+from tdfx.plan_check import check_fingerprints, check_moments, planned_sites
+from tdfx.records.candidate import Candidate
 from tdfx.records.capture import Capture
 from tdfx.records.cost import Cost
 from tdfx.records.inputs import InputSpec
 from tdfx.records.layer import Site
 from tdfx.records.plan import Plan
 from tdfx.records.result import Report, Result
-from tdfx.scoring import Scoring
+from tdfx.scoring import Scoring, scoring_of, scoring_of_stored
 from tdfx.stages.capture import RTOL, Model, capture
-from tdfx.stages.profile import cost_before, rest_cost, scoring_of
+from tdfx.stages.profile import cost_before, rest_cost
 from tdfx.targets import Target, find_target, layer_cost
 from tdfx.version import VERSION
 
@@ -89,11 +89,11 @@ def apply(
         raise PlanError(f'factors is a {type(factors).__name__}; expected a state dict or "{EMPTY}"')
     _target_and_metric(plan)
     if factors is None:
-        _check_moments(plan, moments)
+        check_moments(plan, moments)
     started = time.perf_counter()
     captured = capture(model, example_inputs, example_kwargs, trainable=plan.trainable)
     captured_s = time.perf_counter() - started
-    _check_fingerprints(plan, captured, weights=factors is None)
+    check_fingerprints(plan, captured, weights=factors is None)
     result = carry_out(captured, plan, moments=moments, factors=factors, verify=verify)
     timings = {"capture": captured_s, **result.report.timings_s}
     return replace(result, report=replace(result.report, timings_s=timings))
@@ -117,11 +117,11 @@ def carry_out(
     module = captured.module
     inputs = bind(module, captured.args, captured.kwargs)
     metas = ShapeProp(inputs).run(module)
-    sites = _planned_sites(plan, FindSites(metas).run(module)[0])
+    sites = planned_sites(plan, FindSites(metas).run(module)[0])
     if factors is None:
         scoring = scoring_of(captured, tuple(sites.values()), metas, metric, moments, plan.corrected)
     else:
-        scoring = _scoring_of_stored(captured, tuple(sites.values()), metas, plan)
+        scoring = scoring_of_stored(captured, tuple(sites.values()), metas, plan)
 
     started = time.perf_counter()
     wanted = {c.site: replace(c, metric=metric) for c in plan.candidates}
@@ -132,12 +132,13 @@ def carry_out(
     }
     outcome = None
     samples = moments.inputs if factors is None and plan.corrected and moments is not None and solved else None
-    notes: tuple[str, ...] = ()
+    scarcity = None if moments is None else moments.scarcity()
+    notes: tuple[str, ...] = () if scarcity is None else (scarcity,)
     if samples is not None and not plan.trainable:
         try:
             solved, outcome = correct_spread(captured, solved, samples)
         except Unfit as error:
-            notes = (f"the spread of outputs was not corrected: {error}",)
+            notes += (f"the spread of outputs was not corrected: {error}",)
     replacements = {name: entry.replacement() for name, entry in solved.items()}
     compressed = Factorize(replacements).run(module)
     if isinstance(factors, Mapping):
@@ -157,7 +158,7 @@ def carry_out(
         try:
             compressed, outcome = correct_batch_norms(captured, compressed, samples)
         except Unfit as error:
-            notes = (f"BatchNorm was not estimated anew: {error}",)
+            notes += (f"BatchNorm was not estimated anew: {error}",)
     if outcome is not None:
         verification["correction"] = asdict(outcome)
     if verify == "full":
@@ -202,56 +203,6 @@ def _target_and_metric(plan: Plan) -> tuple[Target | None, str]:
         raise PlanError(f"the plan cannot be carried out: {error}") from error
 
 
-def _check_fingerprints(plan: Plan, captured: Capture, *, weights: bool) -> None:
-    if plan.structure != captured.structure:
-        raise PlanError(
-            f"the plan was made for a model of another structure (fingerprint {plan.structure[:8]}, this model "
-            f"{captured.structure[:8]}): names, shapes or options of layers differ; make a plan for this model"
-        )
-    if weights and plan.weights != captured.weights:
-        raise PlanError(
-            f"the plan was made for other weights (fingerprint {plan.weights[:8]}, this model {captured.weights[:8]}); "
-            "load those weights, make a plan for these, or pass the factors of the result"
-        )
-
-
-def _planned_sites(plan: Plan, found: Sequence[Site]) -> dict[str, Site]:
-    """The model's sites that the plan covers, by name.
-
-    Raises:
-        PlanError: a site is covered by neither candidate nor skip, or does not exist; a method or rank does not fit.
-    """
-    sites = {site.name: site for site in found}
-    planned = {candidate.site for candidate in plan.candidates}
-    unknown = sorted(planned - set(sites))
-    if unknown:
-        raise PlanError(f"the plan names {', '.join(unknown)}; the model's compressible layers are {', '.join(sites)}")
-    uncovered = [name for name in sites if name not in planned | {entry.layer for entry in plan.skipped}]
-    if uncovered:
-        raise PlanError(
-            f"the plan says nothing of {', '.join(uncovered)}; add a candidate each, e.g. with method dense"
-        )
-    for candidate in plan.candidates:
-        _check_candidate(candidate, sites[candidate.site])
-    return {candidate.site: sites[candidate.site] for candidate in plan.candidates}
-
-
-def _check_candidate(candidate: Candidate, site: Site) -> None:
-    if candidate.is_dense:
-        return
-    method = registry().get(candidate.method)
-    if method is None:
-        raise PlanError(f"{site.name}: unknown method {candidate.method!r}; known are dense, {', '.join(registry())}")
-    refusal = method.unsupported(site)
-    if refusal is not None:
-        raise PlanError(f"{site.name}: {candidate.method} does not apply: {refusal}")
-    if not method.is_rank(site, candidate.rank):
-        raise PlanError(
-            f"{site.name}: {candidate.method} has no rank {format_rank(candidate.rank)} here; its full rank is "
-            f"{format_rank(method.full_rank(site))}"
-        )
-
-
 def _solved(
     module: fx.GraphModule,
     site: Site,
@@ -291,38 +242,6 @@ def _carried_out(
     if given:
         return replace(candidate, cost=cost)
     return replace(candidate, cost=cost, error=solved.error(site_weight(captured.module, site), scoring))
-
-
-def _scoring_of_stored(
-    captured: Capture,
-    sites: Sequence[Site],
-    metas: dict[str, TensorMeta],
-    plan: Plan,
-) -> Scoring:
-    """Which chains have gained a bias, though nothing is solved."""
-    if not plan.corrected:
-        return Scoring(plan.metric, None, {})
-    if plan.moments is None:
-        return Scoring(plan.metric, None, InputMeans(tuple(sites), metas).run(captured.module))
-    return Scoring(plan.metric, None, {site.name: torch.zeros(0) for site in sites})
-
-
-def _check_moments(plan: Plan, moments: Moments | None) -> None:
-    if plan.moments is None and moments is None:
-        return
-    if plan.moments is None:
-        raise PlanError("the plan was made without moments; leave moments out, or make a plan with them")
-    if moments is None:
-        raise PlanError(
-            "the plan was made with calibration moments; give them as moments, calibrate on the same data, or give the "
-            "factors of its result"
-        )
-    if not isinstance(moments, Moments) or moments.fingerprint != plan.moments:
-        found = moments.fingerprint[:8] if isinstance(moments, Moments) else type(moments).__name__
-        raise PlanError(
-            f"the plan was made with other moments (fingerprint {plan.moments[:8]}, found {found}); give those, or "
-            "make a plan with these"
-        )
 
 
 def _stored_factors(chain: Sequence[Any], prefix: str, factors: Mapping[str, Tensor]) -> Factors:

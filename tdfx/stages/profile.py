@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from tdfx.cache import ListCache
-from tdfx.errors import OptionError, PlanError
-from tdfx.metrics import LOSS, find_metric, needs_moments
+from tdfx.errors import OptionError
+from tdfx.metrics import find_metric
 from tdfx.moments import Moments
 from tdfx.passes.candidates import FindCandidates
 from tdfx.passes.count import total_cost
-from tdfx.passes.input_means import InputMeans
-from tdfx.passes.shape_prop import ShapeProp, TensorMeta, bind
+from tdfx.passes.shape_prop import ShapeProp, bind
 from tdfx.passes.sites import FindSites
 from tdfx.progress import Report, reporter
 from tdfx.rank_rules import RankRule
@@ -23,7 +22,7 @@ from tdfx.records.cost import Cost
 from tdfx.records.layer import Site
 from tdfx.records.plan import MOST_SEED
 from tdfx.records.profile import Profile
-from tdfx.scoring import Scoring, taken_means
+from tdfx.scoring import scoring_of
 from tdfx.selection import Selection
 from tdfx.targets import Target, find_target, layer_cost
 
@@ -46,6 +45,9 @@ def profile(
     progress: bool | Report | None = None,
 ) -> Profile:
     """Finds what can be compressed and what each choice costs and loses; the slow stage.
+
+    Where factors are found by iteration, the errors of five ranks of a method and layer are computed and those of the
+    others interpolated; ``apply`` computes the errors of what it builds.
 
     Args:
         captured: what ``capture`` returned.
@@ -117,44 +119,6 @@ def profile(
         corrected=correct,
         moments=None if moments is None else moments.fingerprint,
     )
-
-
-def scoring_of(
-    captured: Capture,
-    sites: Sequence[Site],
-    metas: dict[str, TensorMeta],
-    metric: str,
-    moments: Moments | None,
-    correct: bool,
-) -> Scoring:
-    """What errors are measured in; means of the inputs from moments, or from BatchNorm where there are none.
-
-    Raises:
-        PlanError: the moments are of another model or graph, or lack what the metric needs.
-    """
-    if moments is None and needs_moments(metric):
-        raise PlanError(f"metric {metric} needs moments; make them with tdfx.calibrate, or give calibration data")
-    if moments is not None:
-        _check_moments(captured, metric, moments)
-    if not correct:
-        return Scoring(metric, moments, {})
-    means = InputMeans(tuple(sites), metas).run(captured.module) if moments is None else taken_means(moments)
-    return Scoring(metric, moments, means)
-
-
-def _check_moments(captured: Capture, metric: str, moments: Moments) -> None:
-    if (moments.structure, moments.weights) != (captured.structure, captured.weights):
-        raise PlanError(
-            f"the moments are of another model (fingerprint {moments.weights[:8]}, this model {captured.weights[:8]}); "
-            "calibrate this one"
-        )
-    if moments.trainable != captured.trainable:
-        raise PlanError(
-            f"the moments were taken with trainable={moments.trainable}, the model was captured with "
-            f"trainable={captured.trainable}; use the same for both"
-        )
-    if metric == LOSS and moments.output is None:
-        raise PlanError('metric loss needs moments of the loss; calibrate with metric="loss", or use metric="feature"')
 
 
 def cost_before(captured: Capture, target: Target | None) -> Cost:

@@ -223,3 +223,20 @@ def test_the_model_its_inputs_and_the_random_state_stay() -> None:
     assert torch.equal(model.layer.weight, weight)
     assert model.layer.weight.grad is None
     assert model.training
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "observations"),
+    [
+        (nn.Conv2d(2, 3, 3, padding=1), (4, 2, 6, 6), 4 * 36 // 9),
+        (nn.Conv2d(2, 3, 3, stride=2, padding=1), (4, 2, 6, 6), 4 * 9 // 4),  # each value in 2 x 2 windows at most
+        (nn.Conv2d(2, 3, 1), (4, 2, 6, 6), 4 * 36),
+        (nn.Conv2d(2, 3, 5), (4, 2, 6, 6), 4),  # one a sample at least
+        (nn.Linear(2, 3), (4, 7, 2), 4 * 7),
+    ],
+)
+def test_values_in_overlapping_windows_are_observed_once(
+    layer: nn.Module, shape: tuple[int, ...], observations: int
+) -> None:
+    found = moments(nn.Sequential(layer.double()), draw(*shape), ["0"])
+    assert found["0"].observations == observations

@@ -29,6 +29,7 @@ from tdfx.stages.capture import capture
 from tdfx.targets import ORT_CPU, Target, layer_cost
 
 METHODS = tuple(registry())
+DIRECT = ("svd", "channel_svd", "spatial_svd")
 WEIGHT = Scoring("weight:relative", None, {})
 
 
@@ -106,7 +107,7 @@ def test_errors_are_those_of_the_factors(module: fx.GraphModule, method: str, me
         assert candidate.metric == metric
         if candidate.is_dense:
             continue
-        is_computed = len(offered[candidate.site]) <= KNOTS or method in ("svd", "channel_svd", "spatial_svd")
+        is_computed = len(offered[candidate.site]) <= KNOTS or method in DIRECT
         weight = module.get_submodule(candidate.site).get_parameter("weight").detach().double()
         left = weight - decomposition.reconstruct(decomposition.decompose(weight, candidate.rank, seed=3))
         scale = {"weight:absolute": 1.0, "weight:relative": float(weight.norm()), "weight:scaled": weight.numel()}

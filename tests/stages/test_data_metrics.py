@@ -352,3 +352,6 @@ def test_few_samples_leave_no_direction_free() -> None:
 
     assert at.error == pytest.approx(error(shrink=True), rel=0.25)
     assert error(shrink=True) < 0.9 * error(shrink=False)
+    result = tdfx.apply(model, few[:2], tdfx.plan(found, "flops=80%"), moments=moments)
+    (note,) = (note for note in result.report.notes if "calibration saw little" in note)
+    assert "least of 0: 12 independent inputs of 40 values" in note
