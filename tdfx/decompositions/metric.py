@@ -22,7 +22,7 @@ from torch import Tensor
 from tdfx.decompositions.spectrum import EXACT_UP_TO, thin_svd
 
 FLOOR = 1e-6
-LARGE = 512  # columns from which products with S that need no more are in float32
+LARGE = 1024  # columns from which products with S that need no more are in float32
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,22 +44,22 @@ class Metric:
         return math.sqrt(max(float(energy.sum()), 0.0))
 
     def times_in_cov(self, matrix: Tensor) -> Tensor:
-        """M S for a matrix (m, n), in its precision; where n is ``LARGE`` to float32's precision."""
-        if self._single is None:
-            return matrix @ self.in_cov
+        """M S for a matrix (m, n), in its precision; of float64 where n is ``LARGE`` to float32's precision."""
         if matrix.dtype == torch.float32:
             return matrix @ self._single
+        if not self.is_large:
+            return matrix @ self.in_cov
         scale = float(matrix.abs().max()) or 1.0  # a small difference must not vanish
         return ((matrix / scale).float() @ self._single).double() * scale
 
     @property
     def is_large(self) -> bool:
-        """Whether ``times_in_cov`` is in single precision."""
+        """Whether ``times_in_cov`` is to single precision, whatever the matrix's."""
         return len(self.in_cov) >= LARGE
 
     @cached_property
-    def _single(self) -> Tensor | None:
-        return self.in_cov.float() if self.is_large else None
+    def _single(self) -> Tensor:
+        return self.in_cov.float()
 
     @cached_property
     def floor(self) -> float:

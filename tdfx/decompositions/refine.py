@@ -23,7 +23,8 @@ from torch import Tensor
 from tdfx.decompositions.metric import Metric, along
 
 WORK = 5e8  # floating-point operations of a step in the products with S; where one takes more, fewer are made
-DAMPING = {torch.float64: 1e-9, torch.float32: 1e-6}  # of the mean diagonal of K S K^T, by precision of the products
+SINGLE = 512  # columns of the weight from which drafts are in float32
+DAMPING = {torch.float64: 1e-9, torch.float32: 1e-6}  # of the mean diagonal of K S K^T, by precision of K S
 LEAST_GAIN = 1e-6  # of a step, as a share of the weight's own norm, squared
 
 Factors = tuple[Tensor, ...]
@@ -42,12 +43,13 @@ def refine(
         factors: where to start; the first has the input channels in dimension 1, the last the outputs in dimension 0.
         metric: the form to minimise.
         steps: of L-BFGS at most; fewer where they cost much.
-        draft: solve for the last factor in the precision of the steps, which is single where the weight is large.
+        draft: to compare ranks by; in single precision where the weight is large, which no finer steps stand.
     """
     *others, last = factors
     shapes = [tuple(factor.shape) for factor in others]
     root, inverse = metric.channel_roots(weight.shape[1])
-    problem = _Projection(weight, metric)
+    is_single = draft and len(metric.in_cov) >= SINGLE
+    problem = _Projection(weight, metric, torch.float32 if is_single else torch.float64)
     start = [along(others[0], 1, root), *others[1:]]
 
     def expand(vector: Vector, dtype: torch.dtype) -> list[Tensor]:
@@ -86,22 +88,26 @@ class _Projection:
 
     Attributes:
         dtype: of the filters that the function and its gradient are wanted for.
+        precision: of their products with S.
     """
 
-    def __init__(self, weight: Tensor, metric: Metric) -> None:
-        self.metric = metric
-        self.dtype = torch.float32 if metric.is_large else torch.float64
-        self.crossed, self.weighted = _crossed(weight, metric)
+    def __init__(self, weight: Tensor, metric: Metric, dtype: torch.dtype) -> None:
+        self.metric, self.dtype = metric, dtype
+        self.precision = torch.float32 if metric.is_large else dtype
+        self.crossed, weighted = _crossed(weight, metric)
+        self.weighted = weighted.to(dtype)
 
     def mixing(self, filters: Tensor, draft: bool) -> Tensor:
         """The best A, (out, q), for float64 filters."""
-        product = self.metric.times_in_cov(filters) if draft else filters @ self.metric.in_cov
-        _, factor = self._normal(filters, product, torch.float32 if draft else torch.float64)
+        if draft:
+            _, factor = self._normal(filters, self.metric.times_in_cov(filters), self.precision)
+        else:
+            _, factor = self._normal(filters, filters @ self.metric.in_cov, torch.float64)
         return torch.cholesky_solve(filters @ self.crossed.T, factor).T
 
     def value_and_gradient(self, filters: Tensor) -> tuple[float, Tensor]:
         """Share of the weight's squared norm that is left, and its gradient (q, n)."""
-        product, factor = self._normal(filters, self.metric.times_in_cov(filters), self.dtype)
+        product, factor = self._normal(filters, self.metric.times_in_cov(filters), self.precision)
         right = filters @ self.weighted.T  # (q, out)
         mixing = torch.cholesky_solve(right.double(), factor)
         value = 1 - float((right * mixing).sum())
@@ -118,11 +124,10 @@ class _Projection:
 
 @lru_cache(maxsize=1)  # all methods and ranks of a site ask for it in turn
 def _crossed(weight: Tensor, metric: Metric) -> tuple[Tensor, Tensor]:
-    """W S (out, n), with S floored; G^1/2 W S in the precision of the steps, for a weight of unit norm."""
+    """W S (out, n), with S floored; G^1/2 W S for a weight of unit norm."""
     matrix = weight.flatten(1)
     crossed = matrix @ metric.in_cov + metric.floor * matrix
     root = None if metric.out_roots is None else metric.out_roots[0]
     weighted, colored = (crossed, matrix) if root is None else (root @ crossed, root @ matrix)
     total = float((weighted * colored).sum())
-    weighted = weighted / (math.sqrt(total) if total > 0 else 1.0)
-    return crossed, weighted.float() if metric.is_large else weighted
+    return crossed, weighted / (math.sqrt(total) if total > 0 else 1.0)
