@@ -30,7 +30,7 @@ class Sums:
             where the mean is large, so that they can be computed in the inputs' own precision.
         positions: rows that were added.
         overlap: in how many rows of one sample an input value stands.
-        reached: whether a gradient has come to the layer.
+        reached: whether a gradient other than 0 has come to the layer.
     """
 
     total: Tensor
@@ -65,7 +65,7 @@ class Sums:
     def add_gradient(self, gradient: Tensor, layer: Layer) -> None:
         """Adds the gradient at the output of one call."""
         assert self.out_gram is not None
-        self.reached = True
+        self.reached |= bool(gradient.any())
         _add_products(self.out_gram, output_rows(_at_least_float32(gradient), layer))
 
     def moments(self, samples: int) -> SiteMoments:
@@ -75,6 +75,7 @@ class Sums:
         in_cov = _whole(self.gram).div_(self.positions).sub_(apart[:, None] * apart)
         out_cov = None if self.out_gram is None else _whole(self.out_gram).div_(samples).float()
         observations = max(self.positions // self.overlap, samples)
+        self.reached &= out_cov is None or bool(out_cov.any())  # squares of tiny gradients are 0
         return SiteMoments((self.shift.double() + apart).float(), in_cov.float(), out_cov, observations)
 
 

@@ -26,6 +26,7 @@ from tdfx.records.layer import Site
 
 POINTS = 64  # of the quadrature
 ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
+IN_PLACE = (operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ipow)
 ELEMENTWISE = (
     F.relu, F.relu6, F.hardtanh, F.leaky_relu, F.elu, F.selu, F.celu, F.gelu, F.silu, F.mish, F.softplus, F.hardswish,
     F.hardsigmoid, F.sigmoid, F.tanh, torch.relu, torch.sigmoid, torch.tanh, "relu", "relu_", "sigmoid", "tanh",
@@ -68,8 +69,11 @@ class InputMeans(AnalysisPass[dict[str, Tensor]]):
                 source = node.all_input_nodes[0]
                 calls.setdefault(node.target, []).append(self._columns(graph_module, node, known.get(source.name)))
             value = self._follow(graph_module, node, known)
+            changed = [node.name, *_changed_in_place(graph_module, node)]
+            for name in changed:
+                known.pop(name, None)
             if value is not None:
-                known[node.name] = value
+                known |= dict.fromkeys(changed, value)
         return {name: means[0] for name, means in calls.items() if len(means) == 1 and means[0] is not None}
 
     def _columns(self, graph_module: fx.GraphModule, node: fx.Node, value: Normal | None) -> Tensor | None:
@@ -125,6 +129,15 @@ class InputMeans(AnalysisPass[dict[str, Tensor]]):
             return False
         shape, result = self.metas[node.all_input_nodes[0].name].shape, self.metas[node.name].shape
         return len(result) == 2 and result == shape[:2]
+
+
+def _changed_in_place(graph_module: fx.GraphModule, node: fx.Node) -> list[str]:
+    """Name of the node whose value the operation overwrites with its own, if any."""
+    module = graph_module.get_submodule(str(node.target)) if node.op == "call_module" else None
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    ends = node.op in ("call_method", "call_function") and name.endswith("_") and not name.endswith("__")
+    in_place = getattr(module, "inplace", False) or node.kwargs.get("inplace", False) or node.target in IN_PLACE or ends
+    return [node.all_input_nodes[0].name] if in_place and node.all_input_nodes else []
 
 
 def _parts(values: list[Normal]) -> tuple[list[Tensor], list[Tensor]]:

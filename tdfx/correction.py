@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from tdfx.chains import Solved
 from tdfx.contained import reason
-from tdfx.divergence import divergence, resolve_output
+from tdfx.divergence import OUTPUTS, divergence, resolve_output
 from tdfx.inputs import run
 from tdfx.passes.correct import FindCorrections, OutputSpread, ReestimateBatchNorm
 from tdfx.passes.factorize import Factorize
@@ -50,7 +50,7 @@ class Trial:
         Unfit: there are too few samples, or the original does not run on so many at once.
     """
 
-    def __init__(self, captured: Capture, inputs: tuple[Tensor, ...]) -> None:
+    def __init__(self, captured: Capture, inputs: tuple[Tensor, ...], output: str | None) -> None:
         if not inputs or len(inputs[0]) < HELD_OUT:
             raise Unfit(f"it takes at least {HELD_OUT} samples to fit and judge it")
         count = min(len(inputs[0]), _affordable(captured))
@@ -62,7 +62,7 @@ class Trial:
             self.reference = run(captured.module, self.held, {})
         except Exception as error:
             raise Unfit(f"the network does not run on {len(self.fit[0])} samples at once: {reason(error)}") from error
-        self.output = resolve_output("auto", self.reference, self.held)
+        self.output = resolve_output(output if output in OUTPUTS else "auto", self.reference, self.held)
 
     def divergence(self, module: fx.GraphModule) -> float:
         """Of a network from the original, on the inputs held out; infinite where it is not a number."""
@@ -71,7 +71,7 @@ class Trial:
 
 
 def correct_spread(
-    captured: Capture, solved: Mapping[str, Solved], inputs: tuple[Tensor, ...]
+    captured: Capture, solved: Mapping[str, Solved], inputs: tuple[Tensor, ...], output: str | None = None
 ) -> tuple[dict[str, Solved], Outcome]:
     """Factors and biases that give the layers' outputs their mean and spread back, if that helps.
 
@@ -79,11 +79,12 @@ def correct_spread(
         captured: the original.
         solved: by name of the site; only those with a bias are corrected.
         inputs: samples, one tensor a placeholder.
+        output: what the outputs are compared as, "logits" or "values"; by their shapes otherwise.
 
     Raises:
         Unfit: these inputs do not do for that.
     """
-    trial = Trial(captured, inputs)
+    trial = Trial(captured, inputs, output)
     names = {entry.last: name for name, entry in solved.items() if entry.bias is not None}
     spread = OutputSpread(tuple(names.values()), trial.fit).run(captured.module)
     wanted = {last: spread[name] for last, name in names.items() if name in spread}
@@ -101,14 +102,14 @@ def correct_spread(
 
 
 def correct_batch_norms(
-    captured: Capture, compressed: fx.GraphModule, inputs: tuple[Tensor, ...]
+    captured: Capture, compressed: fx.GraphModule, inputs: tuple[Tensor, ...], output: str | None = None
 ) -> tuple[fx.GraphModule, Outcome]:
     """The network with BatchNorm's statistics taken anew, if that helps.
 
     Raises:
         Unfit: these inputs do not do for that.
     """
-    trial = Trial(captured, inputs)
+    trial = Trial(captured, inputs, output)
     before = trial.divergence(compressed)
     estimated = ReestimateBatchNorm(trial.fit).run(compressed)
     after = trial.divergence(estimated)

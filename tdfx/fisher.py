@@ -80,7 +80,7 @@ class OutputLoss:
 def _drawn_cross_entropy(logits: Tensor, seeds: Sequence[int]) -> Tensor:
     """Sum over rows of (n, C), (n, T, C) or (n, C, *spatial), classes drawn by inversion of the distribution."""
     logits = (logits.movedim(1, -1) if logits.dim() >= 4 else logits).flatten(0, -2)
-    logits = logits if logits.dtype == torch.float64 else logits.float()
+    logits = logits.double()  # in float32 the gradients of a certain network are lost
     drawn = [torch.rand(len(logits) // len(seeds), generator=_generator(seed), dtype=torch.float64) for seed in seeds]
     edges = logits.detach().double().softmax(-1).cumsum(-1)
     targets = torch.searchsorted(edges, torch.cat(drawn).to(edges.device)[:, None] * edges[:, -1:])

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import difflib
 
+import torch
 from torch import Tensor
 
 from tdfx.decompositions.base import norm_in
@@ -67,6 +68,8 @@ def form_of(metric: str, moments: SiteMoments | None, *, corrected: bool, shrink
         return None
     observations = moments.observations if shrink else None
     covariance, mean = shrunk(moments.in_cov.double(), observations), moments.mean.double()
+    if shrink and not covariance.any():  # one observation has no spread: as large as the input itself then
+        covariance = mean.square().mean() * torch.eye(len(mean), dtype=mean.dtype)
     if not corrected:
         covariance = covariance + mean[:, None] * mean
     out_cov = moments.out_cov if metric == LOSS else None

@@ -84,3 +84,13 @@ def test_planners_add_up_squares_but_for_the_loss() -> None:
     assert contribution("weight:relative", 3.0) == 9.0
     assert contribution("feature:absolute", 3.0) == 9.0
     assert contribution("loss", 3.0) == 3.0
+
+
+def test_one_observation_leaves_no_direction_free() -> None:
+    one = SiteMoments(torch.tensor([3.0, 4.0]), torch.zeros(2, 2), None, observations=1)
+    form = form_of("feature:absolute", one, corrected=True)
+    assert form is not None
+    torch.testing.assert_close(form.in_cov, 12.5 * torch.eye(2, dtype=torch.float64))
+    seen = form_of("feature:absolute", one, corrected=True, shrink=False)
+    assert seen is not None
+    assert not seen.in_cov.any()

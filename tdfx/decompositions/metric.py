@@ -145,5 +145,7 @@ def _channel_roots(metric: Metric, channels: int) -> tuple[Tensor, Tensor]:
 def _largest_eigenvalue(covariance: Tensor) -> float:
     if len(covariance) <= EXACT_UP_TO:
         return max(float(torch.linalg.eigvalsh(covariance)[-1]), 0.0)
-    start = np.ones(len(covariance))  # the same result every time
+    if not covariance.any():
+        return 0.0
+    start = np.random.default_rng(0).standard_normal(len(covariance))  # the same result every time
     return max(float(eigsh(covariance.numpy(), 1, v0=start, return_eigenvectors=False, tol=1e-3)[0]), 0.0)

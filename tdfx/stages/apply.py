@@ -133,10 +133,11 @@ def carry_out(
     outcome = None
     samples = moments.inputs if factors is None and plan.corrected and moments is not None and solved else None
     scarcity = None if moments is None else moments.scarcity()
+    output = None if moments is None else moments.output
     notes: tuple[str, ...] = () if scarcity is None else (scarcity,)
     if samples is not None and not plan.trainable:
         try:
-            solved, outcome = correct_spread(captured, solved, samples)
+            solved, outcome = correct_spread(captured, solved, samples, output)
         except Unfit as error:
             notes += (f"the spread of outputs was not corrected: {error}",)
     replacements = {name: entry.replacement() for name, entry in solved.items()}
@@ -156,7 +157,7 @@ def carry_out(
         verification["network"] = _verify_network(captured, compressed, replacements)
     if samples is not None and plan.trainable:
         try:
-            compressed, outcome = correct_batch_norms(captured, compressed, samples)
+            compressed, outcome = correct_batch_norms(captured, compressed, samples, output)
         except Unfit as error:
             notes += (f"BatchNorm was not estimated anew: {error}",)
     if outcome is not None:

@@ -14,13 +14,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tdfx.cache import ListCache
 from tdfx.data import is_stored
 from tdfx.divergence import resolve_output
-from tdfx.errors import OptionError, TdfxError
-from tdfx.fingerprint import structure_fingerprint, weights_fingerprint
+from tdfx.errors import InputError, OptionError, TdfxError
 from tdfx.fisher import Loss, OutputLoss
 from tdfx.inputs import run
 from tdfx.metrics import find_metric, needs_moments
@@ -35,6 +34,7 @@ from tdfx.records.plan import MOST_SEED
 from tdfx.replay import Replay
 from tdfx.sweep import Sweep
 
+NO_GRADIENT = "no gradient comes to it"
 VERSION = 2  # of what is kept in the cache
 CHECKPOINT_S = 20.0  # seconds between two checkpoints; 0 for one after every batch
 MOST_WRITING = 0.1  # share of the time that goes into checkpoints
@@ -73,8 +73,8 @@ def calibrate(
         memory_limit: for the sums of one reading, in bytes or as "500MB"; sites that do not fit together are
             calibrated one reading after another.
         seed: of the drawn targets, 0 or more.
-        cache_dir: folder that keeps the moments, and what an interrupted run goes on from. Moments of a loss that is no
-            module and no function without a closure are not kept.
+        cache_dir: folder that keeps the moments, and what an interrupted run goes on from. Moments of a loss of
+            your own are not kept.
         progress: a function, True, False, or None for a bar on terminals only.
 
     Returns:
@@ -106,7 +106,7 @@ def calibrate(
     with _cache(cache_dir, replay, identity, len(groups)) as cache, reporter(progress) as report:
         finished = cache.finished()
         if finished is not None:
-            return finished
+            return _with_gradients(finished)
         moments = cache.groups_done() or empty
         total = _steps(data, replay) * len(groups)
         for index, group in enumerate(groups):
@@ -123,7 +123,21 @@ def calibrate(
                 report("calibrating", done, max(total, done))
             moments = _with_group(moments, sweep)
             cache.keep_groups(moments, is_last=index == len(groups) - 1)
+        return _with_gradients(moments)
+
+
+def _with_gradients(moments: Moments) -> Moments:
+    """The same; an error where no layer has a gradient at all.
+
+    Raises:
+        InputError: so it is.
+    """
+    if moments.sites or not any(entry.reason.startswith(NO_GRADIENT) for entry in moments.skipped):
         return moments
+    raise InputError(
+        f"no layer gets a gradient of the loss ({moments.output}): the outputs are the same, or certain, whatever the "
+        'layers do a little differently; use metric="feature", which takes no loss'
+    )
 
 
 def _with_group(moments: Moments, sweep: Sweep) -> Moments:
@@ -131,12 +145,13 @@ def _with_group(moments: Moments, sweep: Sweep) -> Moments:
     skipped: list[Skipped] = []
     for name in list(sweep.sums):
         sums = sweep.sums.pop(name)  # freed one by one
+        site = sums.moments(sweep.samples)
         if sweep.loss is not None and not sums.reached:
             what = "the loss" if sweep.loss.loss is not None else f"the {sweep.loss.output} that the loss is taken of"
-            skipped.append(Skipped(name, f"no gradient comes to it: {what} do not depend on it"))
-            continue
-        site = sums.moments(sweep.samples)
-        if all(value.isfinite().all() for value in (site.mean, site.in_cov, site.out_cov) if value is not None):
+            skipped.append(
+                Skipped(name, f"{NO_GRADIENT}: {what} do not depend on it, or change by nothing that counts")
+            )
+        elif all(value.isfinite().all() for value in (site.mean, site.in_cov, site.out_cov) if value is not None):
             found[name] = site
         else:
             skipped.append(Skipped(name, "its inputs or gradients on the data are NaN or Inf in the layer's dtype"))
@@ -228,20 +243,12 @@ def _cache(cache_dir: str | Path | None, replay: Replay, identity: str | None, s
 def _identity(
     captured: Capture, example: Sequence[Tensor], found: str | None, loss: Loss | None, options: tuple[object, ...]
 ) -> str | None:
-    """Model and options as text; None if the loss cannot be told from others."""
-    of_loss = "" if loss is None else _loss_digest(loss)
+    """Model and options as text; None with a loss of the caller's, which cannot be told from others."""
+    if loss is not None:
+        return None
     shapes = [(tuple(value.shape), value.dtype) for value in example]
     about = (VERSION, captured.structure, captured.weights, captured.trainable, captured.tier, shapes, found, options)
-    return None if of_loss is None else f"{about!r} {of_loss}"
-
-
-def _loss_digest(loss: Loss) -> str | None:
-    if isinstance(loss, nn.Module):
-        return f"{structure_fingerprint(loss)} {weights_fingerprint(loss)}"
-    code = getattr(loss, "__code__", None)
-    if code is None or loss.__closure__ or loss.__defaults__ or loss.__kwdefaults__:
-        return None
-    return repr((loss.__module__, loss.__qualname__, code.co_code.hex(), code.co_consts, code.co_names))
+    return repr(about)
 
 
 def _checked_metric(metric: str) -> str:

@@ -194,3 +194,11 @@ def test_norms_in_single_precision() -> None:
     difference = 1e-30 * draw(4, 1100)
     exact = math.sqrt(float((difference @ cov @ difference.T).trace()))
     assert Metric(cov).norm(difference) == pytest.approx(exact, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["zero", "rows that sum to zero"])
+def test_large_metrics_without_a_direction_have_a_floor(kind: str) -> None:
+    n = 576
+    centred = torch.eye(n, dtype=torch.float64) - 1 / n
+    metric = Metric(torch.zeros_like(centred) if kind == "zero" else centred)
+    assert metric.floor == pytest.approx(1.0 if kind == "zero" else FLOOR, rel=1e-3)

@@ -135,3 +135,26 @@ def test_columns_are_those_of_the_layer() -> None:
     net = Net(F.relu).eval()
     module = capture(net, X).module
     assert means(net)["second"].shape == (layer_at(module, "second").weight[0].numel(),)
+
+
+class InPlace(nn.Module):
+    """A BatchNorm whose output is overwritten, by an operation whose own result nobody reads."""
+
+    def __init__(self, change: Callable[[Tensor], object]) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 8, 3), normal_batch_norm(8)
+        self.after, self.change = nn.Conv2d(8, 4, 1), change
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.conv(x))
+        self.change(y)
+        z: Tensor = self.after(y)
+        return z
+
+
+def test_values_overwritten_in_place_are_followed() -> None:
+    for change in (F.relu_, lambda y: F.relu(y, inplace=True), torch.relu_):
+        found = means(InPlace(change), trainable=True).get("after")
+        wanted = means(InPlace(lambda y: None), trainable=True)["after"]
+        assert found is None or float((found - wanted).norm()) > 0.1 * float(wanted.norm())
+    assert "after" not in means(InPlace(lambda y: y.mul_(3.0)), trainable=True)

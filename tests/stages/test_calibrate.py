@@ -448,22 +448,29 @@ def test_other_data_models_and_options_are_computed(change: dict[str, Any], tmp_
     assert_same(found, calibrate(**options))
 
 
-def test_labels_count_in_the_data(tmp_path: Path, runs: list[Tensor]) -> None:
-    for shift in (0, 1, 0):
-        labels = (torch.arange(10) + shift) % 5
-        calibrate(captured(), (images(), labels), loss=cross_entropies, cache_dir=tmp_path)
-    assert len(runs) == 2
-
-
-def test_losses_that_cannot_be_told_apart_are_not_kept(tmp_path: Path, runs: list[Tensor]) -> None:
-    for scale in (1.0, 2.0):
-
-        def loss(output: Tensor, labels: object, scale: float = scale) -> Tensor:
-            return (output * scale).square().sum(1)
-
-        calibrate(captured(), images(), loss=loss, cache_dir=tmp_path)
-    assert len(runs) == 2
+def test_moments_of_own_losses_are_not_kept(tmp_path: Path, runs: list[Tensor]) -> None:
+    labels = torch.arange(10) % 5
+    losses = (cross_entropies, nn.CrossEntropyLoss(), nn.CrossEntropyLoss(label_smoothing=0.5))
+    for loss in losses:  # a module's attributes and a function's globals do not show from outside
+        calibrate(captured(), (images(), labels), loss=loss, cache_dir=tmp_path)
+    assert len(runs) == 3
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("scale", [1e4, 0.0])
+def test_outputs_that_nothing_moves_have_no_loss(scale: float) -> None:
+    """Without any gradient, every layer would seem not to count."""
+
+    class Certain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(6, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x).sign() * scale
+
+    with pytest.raises(InputError, match=r'no layer gets a gradient of the loss \(logits\).* use metric="feature"'):
+        calibrate(capture(Certain().eval(), torch.ones(2, 6)), torch.ones(10, 6))
 
 
 def test_loaders_are_known_by_all_their_batches(tmp_path: Path, runs: list[Tensor]) -> None:

@@ -217,6 +217,19 @@ def test_a_correction_that_does_not_help_is_not_kept(monkeypatch: pytest.MonkeyP
     assert all(torch.equal(a, b) for n in solved for a, b in zip(kept[n].factors, solved[n].factors, strict=True))
 
 
+def test_corrections_are_judged_by_what_the_outputs_are() -> None:
+    profile, scoring = profiled("loss"), Scoring("loss", moments(), taken_means(moments()))
+    solved = {
+        site.name: solve(captured().module, site, first_of(profile, site.name, "svd"), scoring, 0)
+        for site in profile.sites
+        if site.name == "head"
+    }
+    auto, logits, values = (
+        correct_spread(captured(), solved, (DATA,), o)[1].before for o in (None, "logits", "values")
+    )
+    assert auto == logits != values
+
+
 def test_spliced_is_the_plain_network() -> None:
     with torch.no_grad():
         torch.testing.assert_close(spliced(captured().module, {})(DATA), captured().module(DATA), rtol=0, atol=0)
