@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -73,6 +73,25 @@ def batches(data: object, placeholders: Sequence[str], *, batch_size: int = 32, 
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise OptionError(f"batch_size is {batch_size!r}; expected a positive integer")
     return _batches(data, tuple(placeholders), batch_size, start)
+
+
+def fitted(batch: Batch, placeholders: Sequence[str], example: Sequence[Tensor]) -> Batch:
+    """The batch with floats in the precision of the example inputs.
+
+    Raises:
+        InputError: an input has not as many dimensions as the example's; names the batch.
+    """
+    for name, value, wanted in zip(placeholders, batch.inputs, example, strict=True):
+        if value.dim() != wanted.dim():
+            raise InputError(
+                f"batch {batch.index} of the data: input {name} has shape {tuple(value.shape)}, the example's is "
+                f"{tuple(wanted.shape)}; expected as many dimensions (in a list, each entry is a batch)"
+            )
+    inputs = (
+        value.to(wanted.dtype) if value.is_floating_point() and wanted.is_floating_point() else value
+        for value, wanted in zip(batch.inputs, example, strict=True)
+    )
+    return replace(batch, inputs=tuple(inputs))
 
 
 def is_stored(data: object) -> bool:

@@ -84,8 +84,8 @@ def variance(values: Tensor) -> Tensor:
 
 
 def floats(values: Sequence[Tensor]) -> list[Tensor]:
-    """Those that hold floating-point numbers."""
-    return [value for value in values if value.is_floating_point()]
+    """Those that hold floating-point numbers for samples, not one number for all."""
+    return [value for value in values if value.is_floating_point() and value.dim()]
 
 
 def _class_dim(logits: Tensor) -> int:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 from safetensors import SafetensorError, safe_open
@@ -121,7 +122,15 @@ class Moments:
                 tensors = {name: archive.get_tensor(name) for name in archive.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
             raise InputError(f"cannot read moments from {path}: {error}") from error
-        about = json.loads(text) if text else {}
+        try:
+            return cls._read(path, json.loads(text) if text else {}, tensors)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise PlanError(
+                f"{path} is no whole file of moments ({error!r}); make them anew with tdfx.calibrate"
+            ) from error
+
+    @classmethod
+    def _read(cls, path: str | Path, about: dict[str, Any], tensors: dict[str, Tensor]) -> Moments:
         if about.pop("version", None) != VERSION:
             raise PlanError(f"{path} holds no moments of version {VERSION}; make them anew with tdfx.calibrate")
         skipped = tuple(Skipped(layer, reason) for layer, reason in about.pop("skipped"))

@@ -26,8 +26,8 @@ def read(path: object, *placeholders: str, **options: Any) -> Any:
 def test_an_array(tmp_path: Path) -> None:
     np.save(tmp_path / "x.npy", X)
     assert torch.equal(read(tmp_path / "x.npy"), torch.from_numpy(X))
-    np.save(tmp_path / "d.npy", X.astype(np.float64))
-    assert read(tmp_path / "d.npy").dtype == torch.float32
+    np.save(tmp_path / "d.npy", X.astype(">f8"))
+    assert torch.equal(read(tmp_path / "d.npy"), torch.from_numpy(X).double())
     np.save(tmp_path / "i.npy", IDS)
     assert read(tmp_path / "i.npy").dtype == torch.int64
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from tdfx.data import batches, is_stored
+from tdfx.data import Batch, batches, fitted, is_stored
 from tdfx.errors import InputError, OptionError
 
 X = torch.arange(14.0).reshape(7, 2)
@@ -136,3 +136,15 @@ def test_first_samples_of_a_batch() -> None:
 def test_what_can_be_read_again() -> None:
     assert all(is_stored(data) for data in (X, (X,), [X], {"x": X}))
     assert not any(is_stored(data) for data in (iter([X]), DataLoader(TensorDataset(X))))
+
+
+def test_floats_take_the_precision_of_the_example_and_integers_stay() -> None:
+    given = Batch(0, (torch.ones(2, 3).double(), torch.ones(2, 3).long(), torch.ones(2).bfloat16()))
+    found = fitted(given, ("a", "b", "c"), (torch.ones(1, 3), torch.ones(1, 3), torch.ones(1).double()))
+    assert [value.dtype for value in found.inputs] == [torch.float32, torch.int64, torch.float64]
+
+
+def test_samples_are_no_batches() -> None:
+    given = Batch(4, (torch.ones(2, 3), torch.ones(3)))
+    with pytest.raises(InputError, match=r"batch 4 of the data: input b has shape \(3,\), the example's is \(1, 3\)"):
+        fitted(given, ("a", "b"), (torch.ones(1, 3), torch.ones(1, 3)))

@@ -93,6 +93,15 @@ def test_files_that_hold_none(tmp_path: Path) -> None:
         Moments.load(path)
 
 
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"version": 2}', '{"version": 2, "skipped": [], "observations": {}, "x": 1}']
+)
+def test_files_that_hold_a_part(tmp_path: Path, text: str) -> None:
+    safetensors.torch.save_file({"mean:head": draw(2)}, tmp_path / "m", {"tdfx_moments": text})
+    with pytest.raises(PlanError, match=r"is no whole file of moments .* make them anew"):
+        Moments.load(tmp_path / "m")
+
+
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot write"):

@@ -46,7 +46,7 @@ def load_data(
         std: of each channel, that images are divided by after it.
 
     Returns:
-        Data as ``tdfx.data.batches`` takes it; double precision in arrays is read as single precision.
+        Data as ``tdfx.data.batches`` takes it.
 
     Raises:
         InputError: nothing of this name can be read; names it.
@@ -205,10 +205,9 @@ def _tensor(path: Path, array: Any) -> Tensor:
     if not isinstance(array, np.ndarray):
         raise InputError(f"data {path}: found a {type(array).__name__}; expected an array")
     try:
-        tensor = torch.from_numpy(np.ascontiguousarray(array))
+        return torch.from_numpy(np.ascontiguousarray(array, array.dtype.newbyteorder("=")))
     except TypeError as error:
         raise InputError(f"data {path}: found an array of {array.dtype}; expected numbers") from error
-    return tensor.float() if tensor.dtype == torch.float64 else tensor
 
 
 def _call(text: str) -> object:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tdfx.cache import ListCache
-from tdfx.data import is_stored
+from tdfx.data import fitted, is_stored
 from tdfx.divergence import resolve_output
 from tdfx.errors import InputError, OptionError, TdfxError
 from tdfx.fisher import Loss, OutputLoss
@@ -117,7 +117,7 @@ def calibrate(
             sums = {site.name: Sums.of(site.layer, gradients=found is not None) for site in group}
             sweep = cache.resumed(Sweep(sums, drawn, seed, full=bool(moments.inputs)))
             for batch in replay.read(sweep.batches):
-                sweep.add(module, batch)
+                sweep.add(module, fitted(batch, replay.placeholders, example))
                 cache.checkpoint(sweep)
                 done = index * total // len(groups) + sweep.batches
                 report("calibrating", done, max(total, done))

@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 
 from tdfx.cache import ListCache
 from tdfx.contained import plain_attention, reason
-from tdfx.data import batches
+from tdfx.data import batches, fitted
 from tdfx.distillation import Guide, Student, Task, in_fastest_layout, set_state
 from tdfx.divergence import OUTPUTS, resolve_output
 from tdfx.errors import InputError, OptionError
@@ -27,6 +27,7 @@ from tdfx.inputs import run
 from tdfx.passes.capture import isolate
 from tdfx.progress import Report as ProgressReport
 from tdfx.progress import reporter
+from tdfx.records.inputs import InputSpec
 from tdfx.records.plan import MOST_SEED
 from tdfx.records.result import Report, Result
 from tdfx.version import VERSION
@@ -168,7 +169,7 @@ def _lesson(
 ) -> tuple[Task, Guide | None]:
     """All samples with the original's outputs, those that are floats with a row a sample; and the values inside."""
     names = [str(node.target) for node in _graph(result).graph.nodes if node.op == "placeholder"]
-    inputs = _read(data, names, settings.batch_size)
+    inputs = _read(data, names, result.report.inputs, settings.batch_size)
     positional = sum(spec.name is None for spec in result.report.inputs)
 
     def outputs(batch: Sequence[Tensor], network: nn.Module) -> list[Tensor]:
@@ -210,9 +211,10 @@ def _guide(result: Result, original: nn.Module, first: Sequence[Tensor], count: 
     return Guide(observed(original, wanted), found, first, count) if found else None
 
 
-def _read(data: object, names: Sequence[str], batch_size: int) -> tuple[Tensor, ...]:
+def _read(data: object, names: Sequence[str], specs: Sequence[InputSpec], batch_size: int) -> tuple[Tensor, ...]:
     """All samples, one tensor for each placeholder."""
-    found = [batch.inputs for batch in batches(data, names, batch_size=batch_size)]
+    example = [torch.empty(spec.shape, dtype=getattr(torch, spec.dtype), device="meta") for spec in specs]
+    found = [fitted(batch, names, example).inputs for batch in batches(data, names, batch_size=batch_size)]
     for index, batch in enumerate(found):
         for name, value, first in zip(names, batch, found[0], strict=True):
             if value.shape[1:] != first.shape[1:] or value.shape[:1] != batch[0].shape[:1]:

@@ -560,3 +560,30 @@ def test_a_killed_run_goes_on(
     assert len(runs) == 15 - done
     assert_same(found, calibrate(captured(), parts, output="values", memory_limit=LIMIT))
     assert [path.name.partition("-")[0] for path in tmp_path.iterdir()] == ["moments"]
+
+
+def test_data_of_another_precision() -> None:
+    assert_same(calibrate(captured(), images().double()), calibrate(captured(), images()))
+
+
+def test_a_list_of_single_samples_is_refused() -> None:
+    with pytest.raises(InputError, match=r"batch 0 of the data: .* \(in a list, each entry is a batch\)"):
+        calibrate(captured(), list(images()))
+
+
+def test_one_number_for_all_samples_is_no_output() -> None:
+    """As a regulariser that is returned beside the output."""
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            y = self.layer(x)
+            return y.abs().mean(), y
+
+    data = torch.randn(12, 4, generator=torch.Generator().manual_seed(0))
+    found = calibrate(capture(Both().eval(), data[:2]), data)
+    assert found.output == "logits"
+    assert list(found.sites) == ["layer"]
