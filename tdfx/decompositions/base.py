@@ -132,8 +132,13 @@ class Decomposition(ABC):
         return [math.log(2 * most / r) for (r,) in ranks]
 
     def shortlist(self, site: Site, weight: Tensor, ranks: Sequence[Rank]) -> tuple[Rank, ...]:
-        """The ranks whose errors are worth computing for this weight, in coordinates in which it is white."""
-        return tuple(ranks)
+        """The ranks whose errors are worth computing for this weight, in coordinates in which it is white.
+
+        A single rank: all. Several: the Pareto front of MACs against ``guesses``, thinned to ``max_ranks``.
+        """
+        if not ranks or len(ranks[0]) == 1:
+            return tuple(ranks)
+        return self.pareto_front(site, dict(zip(ranks, self.guesses(weight, ranks), strict=True)))
 
     def unfoldings(self, weight: Tensor) -> tuple[Tensor, ...]:
         """Matrices of the weight's elements whose ranks the method's rank is about; what rank rules look at.

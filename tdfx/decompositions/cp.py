@@ -44,7 +44,22 @@ class CP(Decomposition):
         return (exact_rank((layer.out_channels, layer.in_channels, math.prod(layer.kernel_size))),)
 
     def ranks(self, site: Site, multiple: int = 1) -> tuple[Rank, ...]:
-        return affordable_ranks(self, site, multiple)
+        """Ranks that cost less than the dense layer, by equal factors, as far as alternating least squares affords.
+
+        A sweep takes time in proportion to the rank: ranks by equal steps would spend nearly all of it on the highest.
+        """
+        layer, (most,) = site.layer, self.full_rank(site)
+        channels, kernel = max(layer.in_channels, layer.out_channels), math.prod(layer.kernel_size)
+        least_flops = flops(layer.weight_shape, 1)
+        affordable = min(most, MEMORY // (4 * kernel * channels), int(SWEEP_FLOPS / least_flops))
+        grid = range(multiple, affordable + 1, multiple)
+        cheaper = bisect_left(grid, True, key=lambda rank: not self.saves(site, (rank,)))
+        if cheaper <= self.max_ranks:
+            return tuple((rank,) for rank in grid[:cheaper])
+        # The lowest, and from a sixteenth of the highest on.
+        start, steps = max(cheaper / 16, 1), self.max_ranks - 2
+        numbers = {1, *(round(start * (cheaper / start) ** (step / steps)) for step in range(steps + 1))}
+        return tuple((grid[number - 1],) for number in sorted(numbers))
 
     def chain(self, site: Site, rank: Rank) -> tuple[LayerSpec, ...]:
         layer, (r,) = site.layer, rank
@@ -77,22 +92,3 @@ class CP(Decomposition):
 
     def balanced(self, factors: Factors) -> Factors:
         return balance_chain(factors)
-
-
-def affordable_ranks(method: Decomposition, site: Site, multiple: int) -> tuple[Rank, ...]:
-    """Ranks that cost less than the dense layer, by equal factors, as far as alternating least squares affords them.
-
-    A sweep takes time in proportion to the rank, so ranks by equal steps would spend nearly all of it on the highest.
-    """
-    layer, (most,) = site.layer, method.full_rank(site)
-    channels, kernel = max(layer.in_channels, layer.out_channels), math.prod(layer.kernel_size)
-    least_flops = flops(layer.weight_shape, 1)
-    affordable = min(most, MEMORY // (4 * kernel * channels), int(SWEEP_FLOPS / least_flops))
-    grid = range(multiple, affordable + 1, multiple)
-    cheaper = bisect_left(grid, True, key=lambda rank: not method.saves(site, (rank,)))
-    if cheaper <= method.max_ranks:
-        return tuple((rank,) for rank in grid[:cheaper])
-    # The lowest, and from a sixteenth of the highest on.
-    start, steps = max(cheaper / 16, 1), method.max_ranks - 2
-    numbers = {1, *(round(start * (cheaper / start) ** (step / steps)) for step in range(steps + 1))}
-    return tuple((grid[number - 1],) for number in sorted(numbers))

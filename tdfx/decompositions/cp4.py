@@ -15,20 +15,19 @@ from operator import mul
 
 from torch import Tensor
 
-from tdfx.decompositions.als import SWEEPS, alternate, balance_chain, balance_components, exact, exact_rank
-from tdfx.decompositions.base import Decomposition, Factors
+from tdfx.decompositions.als import alternate, balance_components, exact, exact_rank
+from tdfx.decompositions.base import Factors
 from tdfx.decompositions.chain import along_each, link, pointwise
-from tdfx.decompositions.cp import START_SWEEPS, affordable_ranks
+from tdfx.decompositions.cp import CP
 from tdfx.records.layer import LayerSpec, Rank, Site
 
 
-class CP4(Decomposition):
+class CP4(CP):
     """Pointwise, one depthwise convolution per direction, pointwise in place of a convolution."""
 
     name = "cp4"
     summary = "k x k conv -> 1 x 1, depthwise k x 1, depthwise 1 x k, 1 x 1"
     source = "Lebedev et al. 2015, eq. 5"
-    steps = 40
     max_ranks = 6
 
     def unsupported(self, site: Site) -> str | None:
@@ -41,9 +40,6 @@ class CP4(Decomposition):
         layer = site.layer
         return (exact_rank((layer.out_channels, layer.in_channels, *layer.kernel_size)),)
 
-    def ranks(self, site: Site, multiple: int = 1) -> tuple[Rank, ...]:
-        return affordable_ranks(self, site, multiple)
-
     def chain(self, site: Site, rank: Rank) -> tuple[LayerSpec, ...]:
         layer, (r,) = site.layer, rank
         return link(
@@ -54,12 +50,6 @@ class CP4(Decomposition):
                 pointwise(layer, "expand", r, layer.out_channels),
             ),
         )
-
-    def decompose(self, weight: Tensor, rank: Rank, *, seed: int = 0) -> Factors:
-        return self._alternate(weight, rank, seed, SWEEPS)
-
-    def start(self, weight: Tensor, rank: Rank, *, seed: int) -> Factors:
-        return self._alternate(weight, rank, seed, START_SWEEPS)
 
     def _alternate(self, weight: Tensor, rank: Rank, seed: int, sweeps: int) -> Factors:
         (r,) = rank
@@ -76,6 +66,3 @@ class CP4(Decomposition):
     def filters(self, factors: Sequence[Tensor]) -> Tensor:
         *others, _ = factors
         return reduce(mul, others)  # (R, in, 1, 1), (R, 1, k, 1) and (R, 1, 1, k) broadcast to (R, in, k, k)
-
-    def balanced(self, factors: Factors) -> Factors:
-        return balance_chain(factors)

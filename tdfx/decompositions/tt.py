@@ -73,10 +73,6 @@ class TensorTrain(Decomposition):
             tails.append([0.0, *torch.linalg.eigvalsh(gram).clamp_min(0).cumsum(0).tolist()][::-1])
         return [sum(tail[r] for tail, r in zip(tails, rank, strict=True)) ** 0.5 for rank in ranks]
 
-    def shortlist(self, site: Site, weight: Tensor, ranks: Sequence[Rank]) -> tuple[Rank, ...]:
-        """Pareto front of MACs against ``guesses``, thinned to ``max_ranks``."""
-        return self.pareto_front(site, dict(zip(ranks, self.guesses(weight, ranks), strict=True)))
-
     def chain(self, site: Site, rank: Rank) -> tuple[LayerSpec, ...]:
         layer = site.layer
         return link(

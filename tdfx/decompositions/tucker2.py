@@ -56,15 +56,11 @@ class Tucker2(Decomposition):
 
     def guesses(self, weight: Tensor, ranks: Sequence[Rank]) -> list[float]:
         """Errors of the truncated HOSVD."""
-        basis_out = leading_basis(weight.flatten(1), max((r for r, _ in ranks), default=1))
-        basis_in = leading_basis(weight.transpose(0, 1).flatten(1), max((s for _, s in ranks), default=1))
+        basis_out = leading_basis(weight.flatten(1), max(r for r, _ in ranks))
+        basis_in = leading_basis(weight.transpose(0, 1).flatten(1), max(s for _, s in ranks))
         energy = _project(weight, basis_out, basis_in).flatten(2).square().sum(2).cumsum(0).cumsum(1)
         left = weight.square().sum() - energy
         return [max(float(left[r - 1, s - 1]), 0.0) ** 0.5 for r, s in ranks]
-
-    def shortlist(self, site: Site, weight: Tensor, ranks: Sequence[Rank]) -> tuple[Rank, ...]:
-        """Pareto front of MACs against ``guesses``, thinned to ``max_ranks``."""
-        return self.pareto_front(site, dict(zip(ranks, self.guesses(weight, ranks), strict=True)))
 
     def chain(self, site: Site, rank: Rank) -> tuple[LayerSpec, ...]:
         layer, (r, s) = site.layer, rank

@@ -1,85 +1,28 @@
-"""Moments of whole networks: against autograd sample by sample, in any number of sweeps, interrupted or not."""
+"""Moments of whole networks: against autograd sample by sample, in any number of sweeps."""
 
 # Calling a module returns Any.
 # mypy: disable-error-code="no-any-return"
 
 from __future__ import annotations
 
-import signal
-import subprocess
-import sys
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from calibrated import LIMIT, SITES, assert_same, assert_site, captured, cross_entropies, images, network
 from networks import build
 from torch import Tensor, nn
 
-import tdfx.stages.calibrate as stage
 from tdfx import sweep
 from tdfx.data import Batch
 from tdfx.errors import InputError, OptionError
 from tdfx.fisher import OutputLoss
-from tdfx.moments import Moments, SiteMoments
-from tdfx.passes.calibrate import AccumulateMoments
-from tdfx.records.capture import Capture
+from tdfx.moments import SiteMoments
 from tdfx.stages.calibrate import calibrate
 from tdfx.stages.capture import capture
-
-SITES = ["0", "2", "6"]
-LIMIT = 8 * (36 * 36 + 4 * 4) + 100  # bytes for the second convolution alone
-
-
-def network() -> nn.Sequential:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return nn.Sequential(
-            nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(inplace=True), nn.Conv2d(4, 4, 3, stride=2), nn.ReLU(),
-            nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, 5),
-        )  # fmt: skip
-
-
-def images(count: int = 10) -> Tensor:
-    return torch.randn(count, 3, 7, 7, generator=torch.Generator().manual_seed(2))
-
-
-@cache
-def captured() -> Capture:
-    return capture(network(), images(2))
-
-
-@pytest.fixture
-def runs(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """Inputs of every batch that is run through a network."""
-    found: list[Tensor] = []
-    original = AccumulateMoments.apply
-
-    def apply(self: AccumulateMoments, graph_module: Any) -> None:
-        found.append(self.inputs[0])
-        original(self, graph_module)
-
-    monkeypatch.setattr(AccumulateMoments, "apply", apply)
-    return found
-
-
-def assert_site(found: SiteMoments, expected: SiteMoments, rtol: float = 1e-4, scale: float = 1.0) -> None:
-    """Agreement to ``rtol`` of the largest entry; of gradients up to a known scale."""
-    pairs = [(found.mean, expected.mean), (found.in_cov, expected.in_cov)]
-    assert (found.out_cov is None) == (expected.out_cov is None)
-    if found.out_cov is not None and expected.out_cov is not None:
-        pairs.append((found.out_cov, expected.out_cov * scale))
-    for a, b in pairs:
-        torch.testing.assert_close(a, b, rtol=rtol, atol=rtol * float(b.abs().max()))
-
-
-def assert_same(found: Moments, expected: Moments) -> None:
-    """Bit by bit."""
-    assert found.fingerprint == expected.fingerprint
-    assert (found.samples, found.output, found.skipped) == (expected.samples, expected.output, expected.skipped)
 
 
 def output_variance(value: Tensor) -> float:
@@ -174,10 +117,6 @@ def test_a_loss_with_labels_sums_over_samples() -> None:
         out_cov = found.sites["6"].out_cov
         assert out_cov is not None
         torch.testing.assert_close(out_cov, gradients.T @ gradients / 10, rtol=1e-4, atol=1e-5)
-
-
-def cross_entropies(output: Tensor, labels: Tensor) -> Tensor:
-    return F.cross_entropy(output, labels, reduction="none")
 
 
 def test_feature_takes_no_gradients() -> None:
@@ -408,55 +347,6 @@ def test_sites_whose_values_overflow_are_skipped() -> None:
 # The cache.
 
 
-def test_a_second_run_computes_nothing(tmp_path: Path, runs: list[Tensor]) -> None:
-    first = calibrate(captured(), images(), cache_dir=tmp_path)
-    count = len(runs)
-    again = calibrate(captured(), images(), cache_dir=tmp_path)
-    assert len(runs) == count == 1
-    assert_same(again, first)
-    assert [path.name.partition("-")[0] for path in tmp_path.iterdir()] == ["moments"]
-    assert_same(calibrate(captured(), images()), first)
-
-
-def changed_network() -> Capture:
-    model = network()
-    with torch.no_grad():
-        model[6].weight[0, 0] += 1e-3
-    return capture(model, images(2))
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"data": images(11)},
-        {"data": images() * 1.001},
-        {"data": (images(), torch.arange(10) % 5), "loss": nn.CrossEntropyLoss(reduction="sum")},
-        {"captured": changed_network()},
-        {"seed": 1},
-        {"samples": 9},
-        {"output": "values"},
-        {"metric": "feature"},
-    ],
-    ids=lambda change: "-".join(change),
-)
-def test_other_data_models_and_options_are_computed(change: dict[str, Any], tmp_path: Path, runs: list[Tensor]) -> None:
-    calibrate(captured(), images(), cache_dir=tmp_path)
-    count = len(runs)
-    options = {"captured": captured(), "data": images(), **change}
-    found = calibrate(**options, cache_dir=tmp_path)
-    assert len(runs) > count
-    assert_same(found, calibrate(**options))
-
-
-def test_moments_of_own_losses_are_not_kept(tmp_path: Path, runs: list[Tensor]) -> None:
-    labels = torch.arange(10) % 5
-    losses = (cross_entropies, nn.CrossEntropyLoss(), nn.CrossEntropyLoss(label_smoothing=0.5))
-    for loss in losses:  # a module's attributes and a function's globals do not show from outside
-        calibrate(captured(), (images(), labels), loss=loss, cache_dir=tmp_path)
-    assert len(runs) == 3
-    assert not list(tmp_path.iterdir())
-
-
 @pytest.mark.parametrize("scale", [1e4, 0.0])
 def test_outputs_that_nothing_moves_have_no_loss(scale: float) -> None:
     """Without any gradient, every layer would seem not to count."""
@@ -471,95 +361,6 @@ def test_outputs_that_nothing_moves_have_no_loss(scale: float) -> None:
 
     with pytest.raises(InputError, match=r'no layer gets a gradient of the loss \(logits\).* use metric="feature"'):
         calibrate(capture(Certain().eval(), torch.ones(2, 6)), torch.ones(10, 6))
-
-
-def test_loaders_are_known_by_all_their_batches(tmp_path: Path, runs: list[Tensor]) -> None:
-    parts = list(images().split(3))  # type: ignore[no-untyped-call]
-    first = calibrate(captured(), iter(parts), cache_dir=tmp_path)
-    assert len(runs) == 4
-    assert_same(calibrate(captured(), iter(parts), cache_dir=tmp_path), first)
-    assert len(runs) == 4
-    found = calibrate(captured(), iter(parts[:3]), cache_dir=tmp_path)
-    assert len(runs) == 7
-    assert_same(found, calibrate(captured(), parts[:3]))
-    assert {path.name.partition("-")[0] for path in tmp_path.iterdir()} == {"moments"}
-
-
-def broken_off(parts: list[Tensor], after: int) -> Iterator[Tensor]:
-    yield from parts[:after]
-    raise KeyboardInterrupt
-
-
-@pytest.mark.parametrize("later_change", [False, True])
-def test_an_interrupted_run_goes_on_if_the_data_is_the_same(
-    later_change: bool, tmp_path: Path, runs: list[Tensor], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(stage, "CHECKPOINT_S", 0.0)
-    parts = list(images().split(2))  # type: ignore[no-untyped-call]
-    with pytest.raises(KeyboardInterrupt):
-        calibrate(captured(), broken_off(parts, 3), cache_dir=tmp_path)
-    assert len(runs) == 3
-    if later_change:  # as a loader that shuffles may
-        parts[1], parts[3] = parts[3], parts[1]
-    found = calibrate(captured(), iter(parts), cache_dir=tmp_path)
-    assert len(runs) == 3 + (5 if later_change else 2)
-    assert_same(found, calibrate(captured(), parts))
-    assert [path.name.partition("-")[0] for path in tmp_path.iterdir()] == ["moments"]
-
-
-def test_checkpoints_that_cannot_be_read_are_made_anew(
-    tmp_path: Path, runs: list[Tensor], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(stage, "CHECKPOINT_S", 0.0)
-    parts = list(images().split(2))  # type: ignore[no-untyped-call]
-    with pytest.raises(KeyboardInterrupt):
-        calibrate(captured(), broken_off(parts, 3), cache_dir=tmp_path)
-    for path in tmp_path.glob("partial-*"):
-        path.write_bytes(b"no tensors")
-    found = calibrate(captured(), iter(parts), cache_dir=tmp_path)
-    assert len(runs) == 3 + 5
-    next(tmp_path.iterdir()).write_bytes(b"no tensors")
-    assert_same(calibrate(captured(), iter(parts), cache_dir=tmp_path), found)
-
-
-KILLED = """
-import importlib.util, os, signal, sys
-sys.path[:0] = {path!r}
-import tdfx.stages.calibrate as stage
-from tdfx.passes.calibrate import AccumulateMoments
-
-spec = importlib.util.spec_from_file_location("tests_of_calibrate", {file!r})
-tests = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tests)
-original, left = AccumulateMoments.apply, [{runs}]
-
-def apply(self, graph_module):
-    if not left[0]:
-        os.kill(os.getpid(), signal.SIGKILL)
-    left[0] -= 1
-    original(self, graph_module)
-
-AccumulateMoments.apply = apply
-stage.CHECKPOINT_S = 0.0
-parts = list(tests.images().split(2))
-stage.calibrate(tests.captured(), {data}, output="values", memory_limit={limit}, cache_dir={folder!r})
-"""
-
-
-@pytest.mark.parametrize(("data", "done"), [("iter(parts)", 3), ("parts", 12)])  # of 5 batches in each of 3 sweeps
-def test_a_killed_run_goes_on(
-    data: str, done: int, tmp_path: Path, runs: list[Tensor], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    script = KILLED.format(path=sys.path, file=__file__, runs=done, data=data, limit=LIMIT, folder=str(tmp_path))
-    killed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    monkeypatch.setattr(stage, "CHECKPOINT_S", 0.0)
-    parts = list(images().split(2))  # type: ignore[no-untyped-call]
-    given = iter(parts) if data != "parts" else parts
-    found = calibrate(captured(), given, output="values", memory_limit=LIMIT, cache_dir=tmp_path)
-    assert len(runs) == 15 - done
-    assert_same(found, calibrate(captured(), parts, output="values", memory_limit=LIMIT))
-    assert [path.name.partition("-")[0] for path in tmp_path.iterdir()] == ["moments"]
 
 
 def test_data_of_another_precision() -> None:
