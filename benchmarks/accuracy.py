@@ -34,10 +34,38 @@ from tdfx.stages.apply import carry_out
 from tdfx.tables import align
 from tdfx.timing import interleaved_medians
 
-Setting = tuple[nn.Module, Tensor, Tensor, int]
-"""Network, example, calibration images and seed."""
 Compress = Callable[[float], tuple[nn.Module, float]]
 """From a share of the FLOPs to a network and the share it has."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A trained network, and images in the order of a seed.
+
+    Attributes:
+        images: of the training set, shuffled; the first ``calibrated`` are for calibration.
+        test: images and labels.
+        dense: top-1 of the network as given.
+    """
+
+    depth: int
+    seed: int
+    model: nn.Module
+    images: Tensor
+    calibrated: int
+    test: tuple[Tensor, Tensor]
+    dense: float
+
+    @property
+    def example(self) -> Tensor:
+        """Two images."""
+        return self.test[0][:2]
+
+    @property
+    def calibration(self) -> Tensor:
+        """Images to calibrate on."""
+        return self.images[: self.calibrated]
+
 
 VARIANTS = {
     "weight": ("weight", False),
@@ -47,10 +75,10 @@ VARIANTS = {
 }
 TUNED = " + tune"
 PEERS: dict[str, Callable[[Setting], Compress]] = {
-    "activation-aware SVD": lambda setting: Balf(*setting).network,
-    "tensorly-torch CP, uniform": lambda setting: lambda share: uniform_rank(*setting[:2], share, "cp"),
-    "tensorly-torch Tucker, uniform": lambda setting: lambda share: uniform_rank(*setting[:2], share, "tucker"),
-    "torch-pruning, magnitude": lambda setting: lambda share: pruned(*setting[:2], share),
+    "activation-aware SVD": lambda s: Balf(s.model, s.example, s.calibration, s.seed).network,
+    "tensorly-torch CP, uniform": lambda s: lambda share: uniform_rank(s.model, s.example, share, "cp"),
+    "tensorly-torch Tucker, uniform": lambda s: lambda share: uniform_rank(s.model, s.example, share, "tucker"),
+    "torch-pruning, magnitude": lambda s: lambda share: pruned(s.model, s.example, share),
 }
 """Other tools."""
 HEADER = ("network", "variant", "grid", "asked", "FLOPs", "params", "top-1", "spread", "drop", "speed", "seconds", "GB")
@@ -87,6 +115,7 @@ def main() -> None:
     options.add_argument(
         "--budgets", type=int, nargs="+", default=[70, 50, 30, 20], help="percent of the model's FLOPs"
     )
+    options.add_argument("--peer-budgets", type=int, nargs="+", default=None, help="those of --budgets if left out")
     options.add_argument("--grids", type=int, nargs="+", default=[1, 16], help="rank_multiple")
     options.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     options.add_argument("--images", type=int, default=1024, help="for calibration")
@@ -103,6 +132,11 @@ def main() -> None:
     kept = _read(arguments.keep)
     data = Path(arguments.data)
     test, train = images(data, "test"), images(data, "train")[0]
+
+    def setting(depth: int, seed: int) -> Setting:
+        model = trained_resnet(data, depth)
+        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
+        return Setting(depth, seed, model, train[order], arguments.images, test, top1(model, *test))
 
     def keep(row: Row) -> None:
         if row.key in kept:
@@ -122,37 +156,29 @@ def main() -> None:
         ]
         if not wanted and not tuned:
             continue
-        for row in compress_all(depth, seed, grid, variant, sorted({*wanted, *tuned}), tuned, arguments, test, train):
+        for row in compress_all(setting(depth, seed), grid, variant, sorted({*wanted, *tuned}), tuned, arguments):
             keep(row)
     for depth, seed, peer in product(arguments.depths, arguments.seeds, arguments.peers):
-        wanted = [b for b in arguments.budgets if (depth, peer, 1, b, seed) not in kept]
-        for row in peer_rows(depth, seed, peer, wanted, arguments, test, train) if wanted else ():
+        budgets = arguments.peer_budgets or arguments.budgets
+        wanted = [b for b in budgets if (depth, peer, 1, b, seed) not in kept]
+        for row in peer_rows(setting(depth, seed), peer, wanted) if wanted else ():
             keep(row)
     print(f"\n{torch.get_num_threads()} threads, {arguments.images} calibration images, no labels\n")
     print(align(HEADER, table(kept.values()), right=range(2, len(HEADER))))
 
 
 def compress_all(
-    depth: int,
-    seed: int,
-    grid: int,
-    variant: str,
-    budgets: list[int],
-    tuned: list[int],
-    arguments: argparse.Namespace,
-    test: tuple[Tensor, Tensor],
-    train: Tensor,
+    setting: Setting, grid: int, variant: str, budgets: list[int], tuned: list[int], arguments: argparse.Namespace
 ) -> Iterator[Row]:
     """Rows for all budgets: one profile, then a plan and a network each."""
-    model, example = trained_resnet(Path(arguments.data), depth), test[0][:2]
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
-    calibration = train[order[: arguments.images]]
     metric, correct = VARIANTS[variant]
     started = time.perf_counter()
-    captured = tdfx.capture(model, example)
+    captured = tdfx.capture(setting.model, setting.example)
     moments = None
     if metric != "weight":
-        moments = tdfx.calibrate(captured, calibration, metric=metric, seed=seed, cache_dir=arguments.cache)
+        moments = tdfx.calibrate(
+            captured, setting.calibration, metric=metric, seed=setting.seed, cache_dir=arguments.cache
+        )
     profiled = tdfx.profile(
         captured,
         methods=arguments.methods,
@@ -162,81 +188,73 @@ def compress_all(
         # Free ranks are for accuracy alone; ranks on the grid are those that the target's estimate calls faster.
         target=None if grid == 1 else "ort-cpu",
         rank_multiple=grid,
-        seed=seed,
+        seed=setting.seed,
         cache_dir=arguments.cache,
     )
     profile_s = time.perf_counter() - started
-    dense = top1(model, *test)
     for budget in budgets:
         started = time.perf_counter()
         try:
             result = carry_out(captured, tdfx.plan(profiled, f"flops={budget}%"), moments=moments)
         except tdfx.BudgetError as error:
             print(
-                depth, variant, grid, f"{budget}%: least {error.least['flops'] / profiled.before.flops:.1%}", flush=True
+                setting.depth,
+                variant,
+                grid,
+                f"{budget}%: least {error.least['flops'] / profiled.before.flops:.1%}",
+                flush=True,
             )
             continue
         seconds = profile_s + time.perf_counter() - started
-        yield _row(depth, variant, grid, budget, seed, result, model, dense, test, seconds)
+        yield _row(setting, variant, grid, budget, result, seconds)
         if budget in tuned:
-            pool = train[order[: arguments.tune_images]]
-            result = tdfx.tune(result, pool, minutes=2.8, seed=seed)  # 3 with what is before and after
+            pool = setting.images[: arguments.tune_images]
+            result = tdfx.tune(result, pool, minutes=2.8, seed=setting.seed)  # 3 with what is before and after
             seconds = result.report.timings_s["tune"]
-            yield _row(depth, variant + TUNED, grid, budget, seed, result, model, dense, test, seconds)
+            yield _row(setting, variant + TUNED, grid, budget, result, seconds)
 
 
-def peer_rows(
-    depth: int,
-    seed: int,
-    peer: str,
-    budgets: list[int],
-    arguments: argparse.Namespace,
-    test: tuple[Tensor, Tensor],
-    train: Tensor,
-) -> Iterator[Row]:
+def peer_rows(setting: Setting, peer: str, budgets: list[int]) -> Iterator[Row]:
     """Rows of another tool; speed and parameters are not measured."""
-    model, example = trained_resnet(Path(arguments.data), depth), test[0][:2]
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
-    dense = top1(model, *test)
     started = time.perf_counter()
-    compress = PEERS[peer]((model, example, train[order[: arguments.images]], seed))
+    compress = PEERS[peer](setting)
     prepared_s = time.perf_counter() - started
     for budget in budgets:
         started = time.perf_counter()
         network, flops = compress(budget / 100)
         seconds = prepared_s + time.perf_counter() - started
-        gigabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
         yield Row(
-            depth, peer, 1, budget, seed, flops, math.nan, top1(network, *test), dense, math.nan, seconds, gigabytes
-        )
+            setting.depth, peer, 1, budget, setting.seed,
+            flops=flops,
+            params=math.nan,
+            score=top1(network, *setting.test),
+            dense=setting.dense,
+            speed=math.nan,
+            seconds=seconds,
+            gigabytes=peak_gigabytes(),
+        )  # fmt: skip
 
 
 def _times(speed: float) -> str:
     return "-" if math.isnan(speed) else f"{speed:.2f}x"
 
 
-def _row(
-    depth: int,
-    variant: str,
-    grid: int,
-    budget: int,
-    seed: int,
-    result: tdfx.Result,
-    model: nn.Module,
-    dense: float,
-    test: tuple[Tensor, Tensor],
-    seconds: float,
-) -> Row:
+def _row(setting: Setting, variant: str, grid: int, budget: int, result: tdfx.Result, seconds: float) -> Row:
     return Row(
-        depth, variant, grid, budget, seed,
+        setting.depth, variant, grid, budget, setting.seed,
         flops=result.after.flops / result.before.flops,
         params=result.after.params / result.before.params,
-        score=top1(result.module, *test),
-        dense=dense,
-        speed=_speed(model, result.module, test[0][:2]),
+        score=top1(result.module, *setting.test),
+        dense=setting.dense,
+        speed=_speed(setting.model, result.module, setting.example),
         seconds=seconds,
-        gigabytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
+        gigabytes=peak_gigabytes(),
     )  # fmt: skip
+
+
+def peak_gigabytes() -> float:
+    """Most memory that this process has held so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
 def _speed(model: nn.Module, compressed: nn.Module, example: Tensor) -> float:

@@ -10,6 +10,7 @@ The extra ``peers`` installs the others.
 from __future__ import annotations
 
 import copy
+import warnings
 
 import torch
 from torch import Tensor, nn
@@ -117,7 +118,9 @@ def uniform_rank(model: nn.Module, example: Tensor, share: float, factorization:
         middle = (low + high) / 2
         fits = _macs(factorized(middle, decompose=False), example) <= share * total
         low, high = (middle, high) if fits else (low, middle)
-    network = factorized(low, decompose=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Tucker ranks above a mode's size are cut to it
+        network = factorized(low, decompose=True)
     return network, _macs(network, example) / total
 
 

@@ -119,6 +119,7 @@ def measure(depth: int, arguments: argparse.Namespace) -> tuple[str, ...]:
 
     def lap() -> None:
         times.append(time.perf_counter())
+        print(f"{STAGES[len(times) - 2]} {times[-1] - times[-2]:.1f} s", file=sys.stderr, flush=True)
 
     captured = tdfx.capture(model, example)
     lap()
