@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, fx
@@ -14,6 +15,7 @@ from tdfx.decompositions.metric import Metric
 from tdfx.errors import OptionError, WeightError
 from tdfx.fingerprint import tensor_digest
 from tdfx.metrics import error_of
+from tdfx.parallel import as_done
 from tdfx.passes.base import AnalysisPass, layer_at
 from tdfx.rank_rules import RankRule, to_multiple
 from tdfx.records.candidate import DENSE, SLOWER, Candidate, format_rank
@@ -58,27 +60,34 @@ class FindCandidates(AnalysisPass[tuple[tuple[Candidate, ...], tuple[Skipped, ..
     rule: RankRule | None = None
 
     def apply(self, graph_module: fx.GraphModule) -> tuple[tuple[Candidate, ...], tuple[Skipped, ...]]:
-        found: list[Candidate] = []
-        skipped: list[Skipped] = []
-        for index, site in enumerate(self.sites):
-            self.progress(f"decomposing {site.name}", index, len(self.sites))
-            weight = site_weight(graph_module, site)
-            metric = self.scoring.metric
-            dense = Candidate(site.name, DENSE, (), layer_cost(site.layer, self.target), 0.0, metric)
-            pinned = self.selection.rank_for(site)
-            obstacle = self.scoring.obstacle(site)
-            if obstacle is not None:
-                skipped.append(Skipped(site.name, f"{metric} needs moments of its inputs: {obstacle}"))
-                continue
-            factored, reasons = self._factored(site, weight, dense.cost, pinned)
-            if pinned is not None and not factored:
-                raise OptionError(f"overrides: no method takes rank {format_rank(pinned)} at {site.name}: {reasons}")
-            if not factored:
-                skipped.append(Skipped(site.name, reasons))
-                continue
-            found += [dense, *factored] if pinned is None and self.rule is None else factored
-        self.progress("decomposing", len(self.sites), len(self.sites))
-        return tuple(found), tuple(skipped)
+        work = partial(self._of_site, graph_module)
+        largest_first = sorted(self.sites, key=lambda site: site.layer.params, reverse=True)
+        found: dict[str, tuple[tuple[Candidate, ...], str]] = {}
+        total = len(self.sites)
+        self.progress("decomposing", 0, total)
+        for site, of_site in as_done(work, largest_first):
+            found[site.name] = of_site
+            self.progress(f"decomposed {site.name}", len(found), total)
+        return (
+            tuple(candidate for site in self.sites for candidate in found[site.name][0]),
+            tuple(Skipped(site.name, reason) for site in self.sites if (reason := found[site.name][1])),
+        )
+
+    def _of_site(self, graph_module: fx.GraphModule, site: Site) -> tuple[tuple[Candidate, ...], str]:
+        """Candidates of a site; and if there are none, why."""
+        weight = site_weight(graph_module, site)
+        metric = self.scoring.metric
+        pinned = self.selection.rank_for(site)
+        obstacle = self.scoring.obstacle(site)
+        if obstacle is not None:
+            return (), f"{metric} needs moments of its inputs: {obstacle}"
+        dense = Candidate(site.name, DENSE, (), layer_cost(site.layer, self.target), 0.0, metric)
+        factored, reasons = self._factored(site, weight, dense.cost, pinned)
+        if pinned is not None and not factored:
+            raise OptionError(f"overrides: no method takes rank {format_rank(pinned)} at {site.name}: {reasons}")
+        if not factored:
+            return (), reasons
+        return ((dense, *factored) if pinned is None and self.rule is None else tuple(factored)), ""
 
     def _factored(self, site: Site, weight: Tensor, dense: Cost, pinned: Rank | None) -> tuple[list[Candidate], str]:
         """Candidates other than dense; and if there are none, why."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from scipy.sparse.linalg import eigsh
 from torch import Tensor
 
 from tdfx.decompositions.spectrum import EXACT_UP_TO, thin_svd
+from tdfx.parallel import last_call
 
 FLOOR = 1e-6
 LARGE = 1024  # columns from which products with S that need no more are in float32
@@ -130,13 +131,13 @@ def metric_svd(matrix: Tensor, metric: Metric | None) -> tuple[Tensor, Tensor, T
 
 
 # All methods and ranks of a site ask for these in turn.
-@lru_cache(maxsize=1)
+@last_call
 def _whitened(metric: Metric, weight: Tensor) -> Tensor:
     white = along(weight, 1, metric.channel_roots(weight.shape[1])[0])
     return white if metric.out_roots is None else along(white, 0, metric.out_roots[0])
 
 
-@lru_cache(maxsize=1)
+@last_call
 def _channel_roots(metric: Metric, channels: int) -> tuple[Tensor, Tensor]:
     kernel = len(metric.in_cov) // channels
     return roots(metric.in_cov.reshape(channels, kernel, channels, kernel).diagonal(dim1=1, dim2=3).mean(-1))

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 
 import numpy as np
 import torch
@@ -21,6 +20,7 @@ from scipy.optimize import minimize
 from torch import Tensor
 
 from tdfx.decompositions.metric import Metric, along
+from tdfx.parallel import last_call
 
 WORK = 5e8  # floating-point operations of a step in the products with S; where one takes more, fewer are made
 SINGLE = 512  # columns of the weight from which drafts are in float32
@@ -122,7 +122,7 @@ class _Projection:
         return product, torch.linalg.cholesky(gram)
 
 
-@lru_cache(maxsize=1)  # all methods and ranks of a site ask for it in turn
+@last_call  # all methods and ranks of a site ask for it in turn
 def _crossed(weight: Tensor, metric: Metric) -> tuple[Tensor, Tensor]:
     """W S (out, n), with S floored; G^1/2 W S for a weight of unit norm."""
     matrix = weight.flatten(1)

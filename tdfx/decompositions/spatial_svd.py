@@ -9,7 +9,6 @@ Source: Jaderberg, Vedaldi and Zisserman 2014, section 2.2 (scheme 2); Tai et al
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -18,6 +17,7 @@ from tdfx.decompositions.base import Decomposition, Factors
 from tdfx.decompositions.chain import along_each, link
 from tdfx.decompositions.metric import Metric
 from tdfx.decompositions.spectrum import tail_norms, thin_svd
+from tdfx.parallel import last_call
 from tdfx.records.layer import LayerSpec, Rank, Site
 
 
@@ -73,7 +73,7 @@ class SpatialSVD(Decomposition):
         return self.guesses(weight, ranks) if metric is None else super().errors(weight, ranks, metric, seed=seed)
 
 
-@lru_cache(maxsize=1)  # all ranks ask for it in turn
+@last_call  # all ranks ask for it in turn
 def _svd(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return thin_svd(_unfold(weight))
 

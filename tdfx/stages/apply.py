@@ -21,6 +21,7 @@ from tdfx.errors import OptionError, PlanError, VerificationError
 from tdfx.inputs import Inputs, run
 from tdfx.metrics import find_metric
 from tdfx.moments import Moments
+from tdfx.parallel import as_done
 from tdfx.passes.base import layer_at
 from tdfx.passes.candidates import chain_cost, site_weight
 from tdfx.passes.count import network_cost
@@ -125,11 +126,7 @@ def carry_out(
 
     started = time.perf_counter()
     wanted = {c.site: replace(c, metric=metric) for c in plan.candidates}
-    solved = {
-        name: _solved(module, sites[name], candidate, scoring, plan.seed, factors)
-        for name, candidate in wanted.items()
-        if not candidate.is_dense
-    }
+    solved = _solved_all(module, sites, tuple(wanted.values()), scoring, plan.seed, factors)
     outcome = None
     samples = moments.inputs if factors is None and plan.corrected and moments is not None and solved else None
     scarcity = None if moments is None else moments.scarcity()
@@ -202,6 +199,25 @@ def _target_and_metric(plan: Plan) -> tuple[Target | None, str]:
         return find_target(plan.target), find_metric(plan.metric)
     except OptionError as error:
         raise PlanError(f"the plan cannot be carried out: {error}") from error
+
+
+def _solved_all(
+    module: fx.GraphModule,
+    sites: Mapping[str, Site],
+    candidates: Sequence[Candidate],
+    scoring: Scoring,
+    seed: int,
+    factors: Mapping[str, Tensor] | Literal["empty"] | None,
+) -> dict[str, Solved]:
+    """Factors of the candidates that are not dense, by site."""
+    factored = [candidate for candidate in candidates if not candidate.is_dense]
+
+    def work(candidate: Candidate) -> Solved:
+        return _solved(module, sites[candidate.site], candidate, scoring, seed, factors)
+
+    largest_first = sorted(factored, key=lambda candidate: sites[candidate.site].layer.params, reverse=True)
+    found = {candidate.site: solved for candidate, solved in as_done(work, largest_first)}
+    return {candidate.site: found[candidate.site] for candidate in factored}
 
 
 def _solved(
