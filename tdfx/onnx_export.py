@@ -5,9 +5,12 @@ from __future__ import annotations
 import copy
 import inspect
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import onnx
@@ -21,6 +24,7 @@ from tdfx.errors import ExportError, InputError, OptionError
 from tdfx.files import replacing
 from tdfx.inputs import Inputs, as_args, as_kwargs
 from tdfx.parity import OutputParity, compare, session_options
+from tdfx.quantization import FloatFile, Quantization, check_quantize, folder_bytes, quantized
 
 LEAST_OPSET = 18  # torch's exporter writes no older one
 MAX_WEIGHT_BYTES = 2 * 10**9  # protobuf ends at 2^31 bytes; the rest is room for the graph
@@ -34,7 +38,8 @@ class ExportReport:
     """What was written, and how closely ONNX Runtime reproduces the network from it.
 
     Attributes:
-        path: the file, as given.
+        path: the file, as given. With ``quantization`` that one is int8, and the rest of this is about the float32
+            file that it was made from, which is not kept.
         opset: version of the ONNX operator set, read from the file.
         max_abs_diff: largest absolute difference over all outputs and batch sizes, in output units.
         max_rel_diff: largest difference of an output divided by that output's largest magnitude.
@@ -43,6 +48,7 @@ class ExportReport:
         file_bytes: size on disk, external weights included (1 MB = 10^6 bytes).
         external_data: whether the weights lie in a second file, ``<path>.data`` (from 2 GB on).
         outputs: one record per output, each the worst over the batch sizes.
+        quantization: the int8 file, if one was asked for.
     """
 
     path: str
@@ -54,6 +60,7 @@ class ExportReport:
     file_bytes: int
     external_data: bool
     outputs: tuple[OutputParity, ...]
+    quantization: Quantization | None = None
 
 
 def export_onnx(
@@ -65,12 +72,21 @@ def export_onnx(
     dynamic: str | None = "batch",
     rtol: float | None = None,
     opset: int | None = None,
+    quantize: str | None = None,
+    calibration: object = None,
+    samples: int | None = None,
 ) -> ExportReport:
     """Write a network as an ONNX file that is known to compute the same.
 
     The network is exported in eval mode (the caller's module keeps its modes), checked by ``onnx.checker`` and run
     by ONNX Runtime on the CPU at the example's batch size and, for a dynamic batch, at a second one. Only then does
     the file get its name; on any error an older file stays as it was. The file holds no source paths.
+
+    With ``quantize="int8"`` the float32 file passes all that in a temporary place, and the file is made from it by
+    onnxruntime.quantization: weights in int8 by output channel, activations in uint8. Given calibration data, tensors
+    between linear operators, as in chains of factors, first have their channels brought to alike ranges, which changes
+    no output, and then fixed ranges; without, ranges are found anew in every run, which suits linear layers, while
+    convolutions get slower than in float32.
 
     Args:
         module: the network.
@@ -79,15 +95,21 @@ def export_onnx(
         example_kwargs: tensors that ``forward`` takes by keyword.
         dynamic: "batch" names dimension 0 of every input "batch" and leaves its size open; None fixes all shapes.
         rtol: largest difference of an output, relative to its largest magnitude. None: 1e-4 for float32 and float64,
-            1e-2 for float16, 5e-2 for bfloat16 networks. Integer and boolean outputs must be equal.
+            1e-2 for float16, 5e-2 for bfloat16 networks. Integer and boolean outputs must be equal. With
+            ``quantize`` it is for the int8 file instead, where None allows any and only floats are held to it.
         opset: version of the ONNX operator set, 18 or later; None leaves it to torch.
+        quantize: "int8", or None for the network's own dtype.
+        calibration: for int8, inputs like those of use: as for ``tdfx.calibrate`` a tensor, tuple or dictionary of
+            tensors, loader or other iterable of batches.
+        samples: how many of them to use; None for all.
 
     Returns:
         What was written, and how far its outputs are from the network's.
 
     Raises:
         OptionError: an option has a value that is not understood.
-        InputError: the network does not run on the inputs, or the path cannot be written.
+        InputError: the network does not run on the inputs, the path cannot be written, the calibration data cannot be
+            read, or a network to quantize is not float32.
         ExportError: torch cannot export the network, or ONNX Runtime cannot run the file.
         VerificationError: ONNX Runtime's outputs differ from the network's, or are too small to tell.
     """
@@ -99,14 +121,19 @@ def export_onnx(
     traced = batch if dynamic is None else max(batch, 2)
     batch_sizes = (batch,) if dynamic is None else (batch, traced + 1)
     dtypes = {tensor.dtype for tensor in (*network.parameters(), *_tensors(example)) if tensor.dtype in RTOL}
-    rtol = max((RTOL[dtype] for dtype in dtypes), default=RTOL[torch.float32]) if rtol is None else rtol
+    check_quantize(quantize, calibration, samples, dtypes)
+    default = max((RTOL[dtype] for dtype in dtypes), default=RTOL[torch.float32])
+    allowed = default if rtol is None or quantize is not None else rtol
     hint = (
         "export the network in float32 (module.float(), inputs too): ONNX Runtime's CPU lacks other float types"
         if dtypes - {torch.float32}
         else "ask for another opset or write that operation differently"
     )
     wanted = {size: _outputs(network, _resized(example, size), size, batch) for size in batch_sizes}
-    with replacing(path) as staged:
+    with replacing(path) as final, ExitStack() as temporary:
+        # Everything in the final file's folder gets a name; the float32 file of an int8 one must not.
+        folder = temporary.enter_context(TemporaryDirectory()) if quantize is not None else final.parent
+        staged = Path(folder) / final.name
         program = _export(network, _resized(example, traced), dynamic, opset)
         external = _save(program, staged)
         del program
@@ -115,9 +142,16 @@ def export_onnx(
         written = _check_file(staged, dynamic, opset)
         with failing_as("ONNX Runtime cannot load the exported file", hint):
             session = ort.InferenceSession(str(staged), session_options(), providers=["CPUExecutionProvider"])
-        runs = [compare(session, _tensors(_resized(example, size)), wanted[size], rtol, hint) for size in batch_sizes]
+        runs = [
+            compare(session, _tensors(_resized(example, size)), wanted[size], allowed, hint) for size in batch_sizes
+        ]
         del session  # it holds the file open, which some systems do not let be renamed
-        file_bytes = sum(part.stat().st_size for part in staged.parent.iterdir())
+        file_bytes = folder_bytes(staged.parent)
+        quantization = None
+        if quantize is not None:
+            source = FloatFile(staged, external, _tensors(example), batch if dynamic is None else None)
+            run = partial(_run, network, example)
+            quantization = quantized(source, final, run, calibration, samples, rtol)
     outputs = tuple(
         OutputParity(same[0].name, max(run.max_abs_diff for run in same), max(run.max_rel_diff for run in same))
         for same in zip(*runs, strict=True)
@@ -127,11 +161,12 @@ def export_onnx(
         opset=written,
         max_abs_diff=max(output.max_abs_diff for output in outputs),
         max_rel_diff=max(output.max_rel_diff for output in outputs),
-        rtol=rtol,
+        rtol=allowed,
         batch_sizes=batch_sizes,
         file_bytes=file_bytes,
         external_data=external,
         outputs=outputs,
+        quantization=None if quantization is None else replace(quantization, path=os.fsdecode(path)),
     )
 
 
@@ -197,6 +232,15 @@ def _resized(example: _Example, batch: int) -> _Example:
 
     kwargs = {name: rows(tensor) for name, tensor in example.kwargs.items()}
     return example.signature.bind(*map(rows, example.args), **kwargs)
+
+
+def _run(network: nn.Module, example: _Example, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The network's outputs on other tensors in the place of the example's, as ``_tensors`` lists them."""
+    values = [tensor.clone() for tensor in tensors]  # forward may write to them
+    size = next((value.shape[0] for value in values if value.dim()), 1)
+    count = len(example.args)
+    bound = example.signature.bind(*values[:count], **dict(zip(example.kwargs, values[count:], strict=True)))
+    return _outputs(network, bound, size, size)
 
 
 def _outputs(network: nn.Module, example: _Example, size: int, batch: int) -> list[Tensor]:

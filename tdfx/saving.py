@@ -35,6 +35,7 @@ from tdfx.version import VERSION as TDFX_VERSION
 VERSION = 1
 STRUCTURE, PLAN, REPORT = "structure.json", "plan.json", "report.json"
 TENSORS, BUFFERS, ONNX = "model.safetensors", "buffers.safetensors", "model.onnx"
+INT8_ONNX = "model.int8.onnx"
 FILES = (TENSORS, PLAN, REPORT, STRUCTURE)
 
 
