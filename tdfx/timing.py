@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,24 +13,42 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-WARM_UP = 5  # runs of each file that are not counted: the first ones allocate
+WARM_UP = 5  # runs of each that are not counted: the first ones allocate
 
 
 def open_session(file: Path, threads: int = 1) -> Any:
     """An ONNX Runtime session on the CPU with this many intra-op threads."""
     options = ort.SessionOptions()
+    options.log_severity_level = 4  # errors come as exceptions
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     return ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
 
 
+def interleaved_times(runs: Sequence[Callable[[], object]], *, rounds: int) -> NDArray[np.float64]:
+    """Seconds of each run in each round, (rounds, runs), after rounds that are not counted.
+
+    In every round each runs once, every other round in reverse, so that whatever slows the machine down meets all
+    of them alike.
+
+    Args:
+        runs: what takes turns.
+        rounds: how often each is timed.
+    """
+    times = np.zeros((WARM_UP + rounds, len(runs)))
+    order = list(range(len(runs)))
+    for turn in range(len(times)):
+        for index in order if turn % 2 else reversed(order):
+            started = time.perf_counter()
+            runs[index]()
+            times[turn, index] = time.perf_counter() - started
+    return times[WARM_UP:]
+
+
 def interleaved_medians(
     files: Sequence[Path], inputs: Sequence[NDArray[Any]], *, rounds: int = 200, threads: int = 1
 ) -> tuple[float, ...]:
-    """Median seconds of one run of each file, on the same inputs.
-
-    In every round each file runs once, every other round in reverse, so that whatever slows the machine down
-    meets all files alike.
+    """Median seconds of one run of each file, on the same inputs, as the files take turns.
 
     Args:
         files: ONNX files that take the same inputs.
@@ -39,14 +58,8 @@ def interleaved_medians(
     """
     sessions = [open_session(file, threads) for file in files]
     feeds = [dict(zip((value.name for value in s.get_inputs()), inputs, strict=True)) for s in sessions]
-    times = np.zeros((WARM_UP + rounds, len(sessions)))
-    order = list(range(len(sessions)))
-    for turn in range(len(times)):
-        for index in order if turn % 2 else reversed(order):
-            started = time.perf_counter()
-            sessions[index].run(None, feeds[index])
-            times[turn, index] = time.perf_counter() - started
-    return tuple(np.median(times[WARM_UP:], axis=0).tolist())
+    runs = [partial(session.run, None, feed) for session, feed in zip(sessions, feeds, strict=True)]
+    return tuple(np.median(interleaved_times(runs, rounds=rounds), axis=0).tolist())
 
 
 @contextmanager
