@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+DEVICE := .venv-device
 
 .PHONY: demo test lint types unit fuzz clean
 
@@ -18,8 +19,9 @@ lint: $(READY)
 types: $(READY)
 	$(BIN)/mypy
 
-unit: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+# A latency kit runs where there is no PyTorch: in a second environment.
+unit: $(READY) $(DEVICE)
+	OMP_NUM_THREADS=1 TDFX_DEVICE_PYTHON=$(CURDIR)/$(DEVICE)/bin/python $(BIN)/python -m pytest
 
 # Not part of `make test`, where a few hundred layers are drawn; some 20 minutes.
 fuzz: $(READY)
@@ -31,5 +33,10 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[demo,test,benchmarks]"
 	touch $@
 
+$(DEVICE): constraints.txt
+	$(PYTHON) -m venv $@
+	$@/bin/python -m pip install --quiet -c constraints.txt numpy onnxruntime
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(DEVICE) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

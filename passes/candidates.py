@@ -18,7 +18,7 @@ from tdfx.metrics import error_of
 from tdfx.parallel import as_done
 from tdfx.passes.base import AnalysisPass, layer_at
 from tdfx.rank_rules import RankRule, to_multiple
-from tdfx.records.candidate import DENSE, SLOWER, Candidate, format_rank
+from tdfx.records.candidate import DENSE, SLOWER_ESTIMATED, Candidate, format_rank
 from tdfx.records.cost import Cost
 from tdfx.records.layer import Rank, Site, Skipped
 from tdfx.scoring import Scoring
@@ -146,7 +146,7 @@ class FindCandidates(AnalysisPass[tuple[tuple[Candidate, ...], tuple[Skipped, ..
         off_grid = self.rule is None and any(r % self.rank_multiple for r in rank)
         caveats = [f"rank off the grid of {self.rank_multiple}"] if off_grid else []
         if cost.latency_s is not None and dense.latency_s is not None and cost.latency_s >= dense.latency_s:
-            caveats.append(SLOWER)
+            caveats.append(SLOWER_ESTIMATED)
         return " and ".join(caveats)
 
 

@@ -1,9 +1,10 @@
 """tdfx: compresses trained PyTorch networks by tensor decomposition, to a budget, verified.
 
 ``compress`` does all of it; ``capture``, ``calibrate``, ``profile``, ``plan``, ``apply`` and ``export_onnx`` are its
-stages; ``tune`` trains a result without labels; ``save`` and ``load`` keep results.
+stages; ``tune`` trains a result without labels; ``save`` and ``load`` keep results; ``bench`` times files.
 """
 
+from tdfx.bench import Bench, BenchRow, bench
 from tdfx.budget import Budget
 from tdfx.errors import (
     BudgetError,
@@ -24,6 +25,7 @@ from tdfx.records.capture import Capture
 from tdfx.records.cost import Cost
 from tdfx.records.frontier import Frontier, Point
 from tdfx.records.inputs import InputSpec
+from tdfx.records.latency import LatencyTable, Measured, Runtime
 from tdfx.records.layer import LayerSpec, Site, Skipped
 from tdfx.records.plan import Plan
 from tdfx.records.profile import Profile
@@ -34,6 +36,7 @@ from tdfx.stages.calibrate import calibrate
 from tdfx.stages.capture import capture
 from tdfx.stages.compress import compress
 from tdfx.stages.frontier import frontier
+from tdfx.stages.latency import measure_latency, with_latency, write_latency_kit
 from tdfx.stages.plan import plan
 from tdfx.stages.profile import profile
 from tdfx.stages.sensitivity import Sensitivity, sensitivity
@@ -41,6 +44,8 @@ from tdfx.stages.tune import tune
 from tdfx.version import VERSION as __version__
 
 __all__ = [
+    "Bench",
+    "BenchRow",
     "Budget",
     "BudgetError",
     "Candidate",
@@ -52,7 +57,9 @@ __all__ = [
     "Frontier",
     "InputError",
     "InputSpec",
+    "LatencyTable",
     "LayerSpec",
+    "Measured",
     "Moments",
     "OptionError",
     "PassError",
@@ -62,6 +69,7 @@ __all__ = [
     "Profile",
     "Report",
     "Result",
+    "Runtime",
     "Sensitivity",
     "Site",
     "SiteMoments",
@@ -71,15 +79,19 @@ __all__ = [
     "WeightError",
     "__version__",
     "apply",
+    "bench",
     "calibrate",
     "capture",
     "compress",
     "export_onnx",
     "frontier",
     "load",
+    "measure_latency",
     "plan",
     "profile",
     "save",
     "sensitivity",
     "tune",
+    "with_latency",
+    "write_latency_kit",
 ]

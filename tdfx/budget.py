@@ -13,11 +13,29 @@ from fractions import Fraction
 from tdfx.errors import BudgetError
 from tdfx.records.cost import Cost
 
+LATENCY = "latency"
+ROUNDING = 1e-3  # of a nanosecond, which sums of floats may be off by
+
+
+def nanoseconds(cost: Cost) -> int:
+    """Latency in nanoseconds, rounded up: sums of them are no less than the sum's.
+
+    Raises:
+        BudgetError: it is not known.
+    """
+    if cost.latency_s is None:
+        raise BudgetError(
+            "the latency is not known and cannot be limited: give a target, whose latency is estimated, or measure it"
+        )
+    return math.ceil(cost.latency_s * 1e9 - ROUNDING)
+
+
 RESOURCES: Mapping[str, Callable[[Cost], int]] = {
     "flops": lambda cost: cost.flops,
     "macs": lambda cost: cost.macs,
     "params": lambda cost: cost.params,
     "bytes": lambda cost: cost.weight_bytes,
+    LATENCY: nanoseconds,
 }
 """What can be limited, and how much of it a cost is."""
 
@@ -26,11 +44,13 @@ DROP = "drop"
 _FLOPS_PER_MAC = Cost(params=0, macs=1, weight_bytes=0).flops
 _MOST = 2**63 - 1  # planners count in 64 bits
 _POWERS = {"": 0, "k": 3, "m": 6, "g": 9, "t": 12}
+_POWERS_OF_LATENCY = {"ns": 0, "us": 3, "ms": 6, "s": 9}
 _AMOUNT = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+))(?:e([+-]?\d\d?))?\s*([a-z%]*)", re.ASCII)
 _FORMS = (
     f"Write resource=amount, several separated by commas; resource: {', '.join(RESOURCES)} (of the weights); "
     'amount: a share of the whole model ("50%") or a number ("1.2G", "2M", for bytes also "8MB"; K, M, G, T are powers '
-    "of 1000). With tdfx.compress(..., evaluate=...) also drop=amount, what the score may lose: a share of the "
+    'of 1000), for latency a time ("12ms", "800us"). With tdfx.compress(..., evaluate=...) also drop=amount, what the '
+    "score may lose: a share of the "
     'original\'s ("drop=1%") or a number ("drop=0.01"). Example: "flops=50%,params=2M"'
 )
 
@@ -40,8 +60,9 @@ class Limit:
     """The most that a compressed network may use of one resource.
 
     Attributes:
-        resource: "flops", "macs", "params" or "bytes" (of the weights).
-        amount: a share of the whole model before compression (0.5 for 50%), or a number of units.
+        resource: "flops", "macs", "params", "bytes" (of the weights) or "latency" (of one run).
+        amount: a share of the whole model before compression (0.5 for 50%), or a number of units; of nanoseconds for
+            latency.
         share: whether ``amount`` is a share.
 
     Raises:
@@ -78,7 +99,8 @@ class Limit:
         _check_resource(name)
         match = _AMOUNT.fullmatch(amount.lower())
         number, exponent, suffix = match.groups() if match else ("", "", "?")
-        power = -2 if suffix == "%" else _POWERS.get(suffix.removesuffix("b") if name == "bytes" else suffix)
+        powers = _POWERS_OF_LATENCY if name == LATENCY else _POWERS
+        power = -2 if suffix == "%" else powers.get(suffix.removesuffix("b") if name == "bytes" else suffix)
         if power is None:
             raise _refusal(f"the amount of {name} is not understood, found {amount!r}")
         # As text, since arithmetic of Decimal rounds.
@@ -87,6 +109,9 @@ class Limit:
     def __str__(self) -> str:
         if self.share:
             return f"{self.resource}={_digits(self.amount, 2)}%"
+        if self.resource == LATENCY:
+            times = (f"{_digits(self.amount, -power)}{unit}" for unit, power in reversed(_POWERS_OF_LATENCY.items()))
+            return f"{self.resource}={min(times, key=len)}"
         unit = "B" if self.resource == "bytes" else ""
         amounts = (f"{_digits(self.amount, -power)}{prefix.upper()}{unit}" for prefix, power in _POWERS.items())
         return f"{self.resource}={min(amounts, key=len)}"
@@ -157,7 +182,7 @@ class Budget:
 
     @classmethod
     def parse(cls, text: str) -> Budget:
-        """The budget written as e.g. "flops=50%,params=40%", "macs=1.2G", "bytes=8MB" or "drop=1%,params=2M".
+        """The budget written as e.g. "flops=50%,params=40%", "bytes=8MB", "latency=12ms" or "drop=1%,params=2M".
 
         Raises:
             BudgetError: the text is not understood; the message says what was found and what is.
@@ -172,13 +197,16 @@ class Budget:
         return cls(limits, Drop.parse(drops[0]) if drops else None)
 
     def resolve(self, before: Cost) -> dict[str, int]:
-        """The largest whole amounts allowed of "macs", "params" and "bytes", where limited (flops are limited as macs).
+        """The largest whole amounts allowed of "macs", "params", "bytes" and "latency" (in nanoseconds), where limited.
+
+        Flops are limited as macs.
 
         Args:
             before: cost of the whole model as given.
 
         Raises:
-            BudgetError: the budget has a drop, which says nothing of costs before networks are measured.
+            BudgetError: the budget has a drop, which says nothing of costs before networks are measured; or a share of
+                latency, which is not known.
         """
         if self.drop is not None:
             raise BudgetError(
@@ -203,7 +231,7 @@ def find_resource(name: str, option: str) -> Callable[[Cost], int]:
     """How much of a resource a cost is.
 
     Args:
-        name: "flops", "macs", "params" or "bytes".
+        name: "flops", "macs", "params", "bytes" or "latency".
         option: where the name was given, for the message.
 
     Raises:

@@ -18,11 +18,13 @@ The rule is what ONNX Runtime 1.31 does to the graphs that it optimizes (NCHWc t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from tdfx.errors import OptionError
 from tdfx.records.cost import Cost, Workload
 from tdfx.records.layer import LayerSpec
+from tdfx.records.reading import parse, read
 
 
 @dataclass(frozen=True)
@@ -158,20 +160,39 @@ ORT_CPU = Target(
     weight_byte_s=2.7e-11,
 )
 
+FILE = ".json"
 TARGETS = {target.name: target for target in (ORT_CPU,)}
 
 
 def find_target(name: str | None) -> Target | None:
-    """The target of this name; None stands for no target, hence no latency.
+    """The target of this name, or in the file of this name; None stands for no target, hence no latency.
 
     Raises:
-        OptionError: no target has this name.
+        OptionError: no target has this name, or the file cannot be read.
     """
     if name is None:
         return None
+    if isinstance(name, str) and name.endswith(FILE):
+        return read_target(Path(name))
     if not isinstance(name, str) or name not in TARGETS:
-        raise OptionError(f"target is {name!r}, expected one of {', '.join(map(repr, sorted(TARGETS)))} or None")
+        raise OptionError(
+            f"target is {name!r}, expected one of {', '.join(map(repr, sorted(TARGETS)))}, "
+            "a file of tdfx latency-fit, or None"
+        )
     return TARGETS[name]
+
+
+def read_target(path: Path) -> Target:
+    """The target that ``tdfx latency-fit`` wrote; its name is the path, by which plans find it again.
+
+    Raises:
+        OptionError: the file cannot be read, or holds something else.
+    """
+    try:
+        target = read(Target, parse(path.read_text(encoding="utf-8"), str(path), OptionError), str(path), OptionError)
+    except (OSError, UnicodeDecodeError) as error:
+        raise OptionError(f"target {path} cannot be read: {error}") from error
+    return replace(target, name=str(path))
 
 
 def layer_cost(layer: LayerSpec, target: Target | None) -> Cost:

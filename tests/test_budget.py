@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from decimal import Decimal
 
 import numpy as np
@@ -29,6 +30,10 @@ WHOLE = Cost(params=1001, macs=10**15 + 1, weight_bytes=4004)
         ("macs=1e9", [("macs", "1e9", False)]),
         (" FLOPs = 12.5 % ", [("flops", "0.125", True)]),
         ("params=100%", [("params", "1", True)]),
+        ("latency=12ms", [("latency", "12e6", False)]),
+        ("latency=.5s,macs=1K", [("latency", "5e8", False), ("macs", "1e3", False)]),
+        ("latency=800 US", [("latency", "8e5", False)]),
+        ("latency=35%", [("latency", "0.35", True)]),
     ],
 )
 def test_parse(text: str, limits: list[tuple[str, str, bool]]) -> None:
@@ -38,7 +43,20 @@ def test_parse(text: str, limits: list[tuple[str, str, bool]]) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["flops=50%,params=2M", "macs=1.2G", "bytes=12.5%", "params=1001", "bytes=8MB", "bytes=4004B", "macs=1.5M"]
+    "text",
+    [
+        "flops=50%,params=2M",
+        "macs=1.2G",
+        "bytes=12.5%",
+        "params=1001",
+        "bytes=8MB",
+        "bytes=4004B",
+        "macs=1.5M",
+        "latency=12ms",
+        "latency=800us",
+        "latency=1.5s",
+        "latency=50%",
+    ],
 )
 def test_str_is_what_one_would_write(text: str) -> None:
     assert str(Budget.parse(text)) == text
@@ -76,7 +94,9 @@ def test_round_trip_keeps_every_digit() -> None:
         ("flops=0.5", "write 50%"),
         ("macs=0.125", "write 12.5%"),
         ("params=0.0001K", "write 10%"),
-        ("latency=12ms", "unknown resource 'latency'"),
+        ("latency=12", "the amount of latency is not understood, found '12'"),
+        ("latency=12min", "found '12min'"),
+        ("latency=0.5ns", "write 50%"),
         ("drop=", "the amount of drop is not understood, found ''"),
         ("drop=1pt", "the amount of drop is not understood, found '1pt'"),
         ("drop=-1%", "the amount of drop must be 0 or more, found -0.01"),
@@ -153,8 +173,22 @@ def test_resolve_floors_exactly(text: str, amounts: dict[str, int]) -> None:
 
 
 def test_resources_of_a_cost() -> None:
-    amounts = {name: amount(WHOLE) for name, amount in RESOURCES.items()}
-    assert amounts == {"flops": 2 * 10**15 + 2, "macs": 10**15 + 1, "params": 1001, "bytes": 4004}
+    amounts = {name: amount(replace(WHOLE, latency_s=0.0123456789)) for name, amount in RESOURCES.items()}
+    assert amounts == {
+        "flops": 2 * 10**15 + 2, "macs": 10**15 + 1, "params": 1001, "bytes": 4004, "latency": 12345679
+    }  # fmt: skip
+
+
+def test_a_latency_that_is_not_known_is_no_budget() -> None:
+    with pytest.raises(BudgetError, match="give a target"):
+        Budget.parse("latency=50%").resolve(WHOLE)
+
+
+def test_latency_is_rounded_up_but_for_what_floats_are_off_by() -> None:
+    def ns(latency_s: float) -> int:
+        return RESOURCES["latency"](Cost(0, 0, 0, latency_s))
+
+    assert (ns(3e-9), ns(3.01e-9), sum([1e-9] * 3) != 3e-9, ns(sum([0.1e-6] * 3))) == (3, 4, True, 300)
 
 
 @pytest.mark.parametrize(

@@ -73,6 +73,7 @@ def test_options_reach_compress(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stages, "compress_model", called)
     options = (
         "--include first --include second --exclude third --metric weight:scaled --planner other --target none "
+        "--guard measured --threads 2 "
         "--no-correct --rank-multiple 2 --trainable --verify full --seed 3 --cache-dir c"
     )
     arguments = ["compress", "net.py:make", *ARGUMENTS, "--out", "out", *options.split()]
@@ -82,7 +83,8 @@ def test_options_reach_compress(monkeypatch: pytest.MonkeyPatch) -> None:
         "budget": tdfx.Budget.parse("params=60%"), "ranks": None, "methods": ["spatial_svd", "svd"],
         "include": ["first", "second"], "exclude": ["third"], "metric": "weight:scaled", "calibration": None,
         "correct": False, "planner": "other",
-        "target": None, "rank_multiple": 2, "trainable": True, "verify": "full", "seed": 3,
+        "target": None, "guard": "measured", "runtime": tdfx.Runtime(threads=2),
+        "rank_multiple": 2, "trainable": True, "verify": "full", "seed": 3,
         "minimize": "flops", "evaluate": None, "cache_dir": Path("c"),
     }  # fmt: skip
 

@@ -142,7 +142,7 @@ def test_inspect_shows_what_a_file_is(folder: Path) -> None:
     [
         ("", "other.json is no JSON"),
         ("[]", "other.json is a JSON list; expected an object"),
-        ('{"name": 1}', "other.json has the fields name; expected a plan, profile or report"),
+        ('{"name": 1}', "other.json has the fields name; expected a plan, profile, report or latency table"),
         ('{"version": 1, "candidates": []}', "other.json: "),
     ],
 )

@@ -159,5 +159,5 @@ def test_no_target_no_latency() -> None:
 
 def test_targets_are_found_by_name() -> None:
     assert find_target("ort-cpu") is ORT_CPU
-    with pytest.raises(OptionError, match="target is 'gpu', expected one of 'ort-cpu' or None"):
+    with pytest.raises(OptionError, match="target is 'gpu', expected one of 'ort-cpu', a file of"):
         find_target("gpu")

@@ -10,7 +10,9 @@ from typing import Annotated
 
 import typer
 
+from tdfx.cli.bench import bench
 from tdfx.cli.curves import frontier, sensitivity
+from tdfx.cli.latency import latency, latency_fit, latency_kit
 from tdfx.cli.listings import inspect, methods, passes
 from tdfx.cli.stages import apply, compress, export, plan, profile
 from tdfx.cli.trial import demo
@@ -44,7 +46,8 @@ def common(
 
 
 COMMANDS: tuple[Callable[..., None], ...] = (
-    compress, profile, plan, apply, export, frontier, sensitivity, inspect, methods, passes, demo
+    compress, profile, plan, apply, export, latency, latency_kit, latency_fit, bench, frontier, sensitivity,
+    inspect, methods, passes, demo,
 )  # fmt: skip
 for command in COMMANDS:
     app.command()(command)

@@ -18,6 +18,7 @@ from tdfx.decompositions import registry
 from tdfx.errors import InputError
 from tdfx.onnx_export import ExportReport
 from tdfx.passes.base import GraphPass, RewritePass
+from tdfx.records.latency import LatencyTable
 from tdfx.records.plan import Plan
 from tdfx.records.profile import Profile
 from tdfx.records.reading import parse, read
@@ -25,14 +26,14 @@ from tdfx.records.result import Report
 from tdfx.saving import REPORT
 from tdfx.tables import align, count
 
-RECORDS: tuple[type[Plan | Profile | Report], ...] = (Plan, Profile, Report)
+RECORDS: tuple[type[Plan | Profile | Report | LatencyTable], ...] = (Plan, Profile, Report, LatencyTable)
 
 
 def inspect(
     path: Annotated[Path, typer.Argument(metavar="FILE", help="plan.json, profile.json, report.json or their folder.")],
     debug: Debug = False,
 ) -> None:
-    """Show a plan, profile or report as a table."""
+    """Show a plan, profile, report or latency table."""
     with exit_codes(debug):
         typer.echo(describe(path / REPORT if path.is_dir() else path))
 
@@ -62,7 +63,9 @@ def describe(path: Path) -> str:
     values = parse(read_file(path), str(path), InputError)
     shared = [len(values.keys() & {field.name for field in fields(record)}) for record in RECORDS]
     if not any(shared):
-        raise InputError(f"{path} has the fields {', '.join(values)}; expected a plan, profile or report")
+        raise InputError(
+            f"{path} has the fields {', '.join(values)}; expected a plan, profile, report or latency table"
+        )
     record = RECORDS[shared.index(max(shared))]
     text = str(read_record(record, path))
     if record is Report and "export" in values:
@@ -71,11 +74,20 @@ def describe(path: Path) -> str:
 
 
 def parity(export: ExportReport) -> str:
-    """How well an ONNX file agrees with its network, in a line."""
+    """How well an ONNX file agrees with its network, in a line; another one for its int8 version."""
     batches = " and ".join(map(str, export.batch_sizes))
-    return (
+    text = (
         f"{export.path}: {count(export.file_bytes)}B, opset {export.opset}; ONNX Runtime differs by "
         f"{export.max_rel_diff:.2g} of the largest output, {export.rtol:g} allowed, at batch {batches}"
+    )
+    int8 = export.quantization
+    if int8 is None:
+        return text
+    where = f"calibrated on {int8.calibrated} samples" if int8.calibrated else "not calibrated"
+    error = max(output.rel_l2_diff for output in int8.outputs)
+    return (
+        f"{text}\n{int8.path}: {count(int8.file_bytes)}B, int8, {where}; differs by {int8.max_rel_diff:.2g} of the "
+        f"largest output, by {error:.2g} in Euclidean norm"
     )
 
 

@@ -20,16 +20,31 @@ class Verify(str, Enum):
     FULL = "full"
 
 
+class Guarded(str, Enum):
+    """What keeps slower layers out."""
+
+    ESTIMATED = "estimated"
+    MEASURED = "measured"
+
+
+class Quantized(str, Enum):
+    """Number formats that ONNX files can be quantized to."""
+
+    INT8 = "int8"
+
+
+GUARD_HELP = "measured: choices are timed in ONNX Runtime, and a network that is no faster is refused."
 MODEL_HELP = "package.module:factory, file.py:factory, or a file.pt2 of torch.export.save."
 INPUT_HELP = (
     "1x3x224x224, or input_ids=2x128:int64 for a keyword; one for each argument. A .pt2 file's own if left out."
 )
-BUDGET_HELP = 'For example "flops=50%" or "params=2M,flops=1.2G".'
+BUDGET_HELP = 'For example "flops=50%", "params=2M,flops=1.2G" or "latency=12ms".'
 RANKS_HELP = "Instead of a budget: vbmf, energy=0.95, ratio=0.33 or compression=75%, with one method."
 CACHE_HELP = 'Keeps errors between runs; ~/.cache/tdfx if left out, "none" for no cache.'
 METRIC_HELP = "Of the errors: loss with --data, weight:relative without; or feature, weight, each :absolute or :scaled."
 DATA_HELP = "Unlabeled inputs: .npy, .npz, .pt, a folder of images, or package.module:function or file.py:function."
 CORRECT_HELP = "Give the outputs of compressed layers their mean back, and with --data their spread."
+QUANTIZE_HELP = "Also write model.int8.onnx: calibrated on --data; without, ranges are found anew in every run."
 FIXED_HELP = "The ONNX file takes the inputs' batch size only; for models that compute with no other."
 
 Model = Annotated[str, Argument(metavar="MODEL", help=MODEL_HELP)]
@@ -48,7 +63,10 @@ Std = Annotated[str | None, Option(metavar="A,B,C", help="By channel, of a folde
 Output = Annotated[str, Option(help="What the model returns: logits, values, or auto to decide by shape.")]
 Correct = Annotated[bool, Option("--correct/--no-correct", help=CORRECT_HELP)]
 Planner = Annotated[str, Option(help=f"What chooses methods and ranks: {' or '.join(planners())}.")]
-Target = Annotated[str, Option(help='Runtime the result is meant for, or "none".')]
+Guard = Annotated[Guarded, Option(help=GUARD_HELP)]
+Threads = Annotated[int, Option(min=1, help="Of ONNX Runtime, where latency is measured.")]
+Provider = Annotated[str, Option(help="Execution provider of ONNX Runtime, where latency is measured.")]
+Target = Annotated[str, Option(help='Runtime the result is meant for, a file of latency-fit, or "none".')]
 RankMultiple = Annotated[int | None, Option(help="Grid of ranks, 1: any; if left out the target's, or 1 with --ranks.")]
 Trainable = Annotated[bool, Option("--trainable", help="Keep BatchNorm and Dropout for fine-tuning.")]
 Verification = Annotated[Verify, Option(help="full: also every method at full rank on every layer.")]
@@ -56,4 +74,5 @@ Seed = Annotated[int, Option(min=0, max=MOST_SEED, help="Of example inputs and d
 CacheDir = Annotated[str | None, Option(metavar="DIR", help=CACHE_HELP)]
 Opset = Annotated[int | None, Option(min=LEAST_OPSET, help="ONNX operator set; torch's if left out.")]
 FixedBatch = Annotated[bool, Option("--fixed-batch", help=FIXED_HELP)]
+Quantize = Annotated[Quantized | None, Option(help=QUANTIZE_HELP)]
 Debug = Annotated[bool, Option("--debug", help="Show the traceback of an error.")]

@@ -12,7 +12,7 @@ from tdfx.budget import Budget
 from tdfx.cli import options as given
 from tdfx.cli.curves import EVALUATE_HELP, load_evaluate
 from tdfx.cli.listings import parity
-from tdfx.cli.options import Verify
+from tdfx.cli.options import Guarded, Quantized, Verify
 from tdfx.cli.support import (
     Source,
     cache_folder,
@@ -26,12 +26,15 @@ from tdfx.cli.support import (
 from tdfx.files import replacing, write_text
 from tdfx.loading import draw_inputs, example_inputs, open_model
 from tdfx.moments import Moments
+from tdfx.onnx_export import ExportReport
+from tdfx.records.latency import LatencyTable, Runtime
 from tdfx.records.plan import Plan
 from tdfx.records.profile import Profile
-from tdfx.saving import FILES, ONNX, load, output_folder
+from tdfx.saving import FILES, INT8_ONNX, ONNX, load, output_folder
 from tdfx.stages.apply import apply as apply_plan
 from tdfx.stages.capture import capture
 from tdfx.stages.compress import compress as compress_model
+from tdfx.stages.latency import with_latency
 from tdfx.stages.plan import plan as make_plan
 from tdfx.stages.profile import profile as make_profile
 from tdfx.stages.tune import tune as tune_result
@@ -61,6 +64,8 @@ def compress(
     minimize: Annotated[str, typer.Option(help="What a drop buys: flops, macs, params or bytes.")] = "flops",
     planner: given.Planner = "knapsack",
     target: given.Target = "ort-cpu",
+    guard: given.Guard = Guarded.ESTIMATED,
+    threads: given.Threads = 1,
     rank_multiple: given.RankMultiple = None,
     trainable: given.Trainable = False,
     verify: given.Verification = Verify.PLAN,
@@ -68,6 +73,7 @@ def compress(
     cache_dir: given.CacheDir = None,
     opset: given.Opset = None,
     fixed_batch: given.FixedBatch = False,
+    quantize: given.Quantize = None,
     debug: given.Debug = False,
 ) -> None:
     """Compress a model to a budget and write it as a verified ONNX file."""
@@ -101,6 +107,8 @@ def compress(
                     correct=correct,
                     planner=planner,
                     target=unless_none(target),
+                    guard=guard.value,
+                    runtime=Runtime(threads),
                     rank_multiple=rank_multiple,
                     trainable=trainable,
                     verify=verify.value,
@@ -113,8 +121,9 @@ def compress(
                 result = tune_result(
                     result, source.read(captured), output=output, minutes=tune, seed=seed, cache_dir=cache
                 )
-            written = write_onnx(folder, result, args, kwargs, opset, fixed_batch)
-        typer.echo(f"{result.report}\n\n{parity(written)}\n{_files(out, ONNX, *FILES)}; tdfx.load reads it")
+            calibration = None if source is None or quantize is None else source.read(captured)
+            written = write_onnx(folder, result, args, kwargs, opset, fixed_batch, quantize, calibration, samples)
+        typer.echo(f"{result.report}\n\n{_exported(out, written, *FILES)}; tdfx.load reads it{_stale(out, quantize)}")
 
 
 def profile(
@@ -175,12 +184,19 @@ def plan(
     file: Annotated[Path, typer.Argument(metavar="PROFILE.JSON", help="What tdfx profile wrote.")],
     budget: given.Budget = None,
     planner: given.Planner = "knapsack",
+    latency: Annotated[
+        Path | None, typer.Option(metavar="LATENCY.JSON", help="What tdfx latency or a latency kit measured.")
+    ] = None,
+    guard: given.Guard = Guarded.ESTIMATED,
     out: Annotated[Path | None, typer.Option("--out", "-o", metavar="FILE", help="Where it goes, as JSON.")] = None,
     debug: given.Debug = False,
 ) -> None:
     """Choose a method and rank for every layer, within a budget or as the profile's rank rule says."""
     with exit_codes(debug):
-        chosen = make_plan(read_record(Profile, file), budget, planner=planner)
+        profiled = read_record(Profile, file)
+        if latency is not None:
+            profiled = with_latency(profiled, read_record(LatencyTable, latency))
+        chosen = make_plan(profiled, budget, planner=planner, slower=guard is not Guarded.MEASURED)
         if out is not None:
             write_text(out, chosen.to_json())
         typer.echo(str(chosen) if out is None else f"{chosen}\n\n{out}: plan; tdfx apply reads it")
@@ -232,15 +248,34 @@ def export(
     ] = None,
     opset: given.Opset = None,
     fixed_batch: given.FixedBatch = False,
+    quantize: given.Quantize = None,
+    data: given.Data = None,
+    samples: given.Samples = None,
+    mean: given.Mean = None,
+    std: given.Std = None,
     debug: given.Debug = False,
 ) -> None:
-    """Write a saved result as a verified ONNX file, into its folder."""
+    """Write a saved result as a verified ONNX file, into its folder; with --quantize also in int8."""
     with exit_codes(debug):
+        if data is not None and quantize is None:
+            raise typer.BadParameter("it is for --quantize, which is left out", param_hint="--data")
         result = load(folder, None if model is None else open_model(model))
         args, kwargs = example_inputs(inputs) if inputs else draw_inputs(result.report.inputs)
+        source = Source.of(data, samples, mean, std, "auto")
+        calibration = None if source is None else source.read(capture(result.module, args, kwargs))
         with output_folder(folder) as output:
-            written = write_onnx(output, result, args, kwargs, opset, fixed_batch)
-        typer.echo(f"{parity(written)}\n{_files(folder, ONNX)}")
+            written = write_onnx(output, result, args, kwargs, opset, fixed_batch, quantize, calibration, samples)
+        typer.echo(f"{_exported(folder, written)}{_stale(folder, quantize)}")
+
+
+def _exported(folder: Path, export: ExportReport, *others: str) -> str:
+    return f"{parity(export)}\n{_files(folder, ONNX, *([INT8_ONNX] if export.quantization else []), *others)}"
+
+
+def _stale(folder: Path, quantize: Quantized | None) -> str:
+    if quantize is not None or not (folder / INT8_ONNX).exists():
+        return ""
+    return f"\nnote: {folder / INT8_ONNX} was there before; tdfx export {folder} --quantize int8 writes it anew"
 
 
 def _files(folder: Path, *files: str) -> str:

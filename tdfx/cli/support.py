@@ -16,6 +16,7 @@ from torch.export import ExportedProgram
 
 from tdfx.cache import user_cache
 from tdfx.cli.data import load_data
+from tdfx.cli.options import Quantized
 from tdfx.errors import InputError, PlanError, TdfxError
 from tdfx.loading import example_inputs, is_program, open_model, program_inputs
 from tdfx.metrics import LOSS
@@ -23,14 +24,15 @@ from tdfx.moments import Moments
 from tdfx.onnx_export import ExportReport, export_onnx
 from tdfx.passes.shape_prop import bind
 from tdfx.records.capture import Capture
+from tdfx.records.latency import LatencyTable
 from tdfx.records.plan import Plan
 from tdfx.records.profile import Profile
 from tdfx.records.result import Report, Result
-from tdfx.saving import ONNX, Output
+from tdfx.saving import INT8_ONNX, ONNX, Output
 from tdfx.stages.calibrate import calibrate
 
 NONE = "none"
-Record = TypeVar("Record", bound=Plan | Profile | Report)
+Record = TypeVar("Record", bound=Plan | Profile | Report | LatencyTable)
 
 
 @contextmanager
@@ -188,8 +190,11 @@ def write_onnx(
     kwargs: Mapping[str, Tensor],
     opset: int | None,
     fixed_batch: bool,
+    quantize: Quantized | None = None,
+    calibration: object = None,
+    samples: int | None = None,
 ) -> ExportReport:
-    """Writes all files of a result, the network as ``model.onnx`` among them.
+    """Writes all files of a result, the network as ``model.onnx`` and, if asked for, ``model.int8.onnx`` among them.
 
     Raises:
         ExportError, InputError, VerificationError: as for ``export_onnx``.
@@ -197,5 +202,19 @@ def write_onnx(
     dynamic = None if fixed_batch else "batch"
     export = export_onnx(result.module, output.stage(ONNX), args, kwargs, dynamic=dynamic, opset=opset)
     export = replace(export, path=str(output.folder / ONNX))
+    if quantize is not None:
+        smaller = export_onnx(
+            result.module,
+            output.stage(INT8_ONNX),
+            args,
+            kwargs,
+            dynamic=dynamic,
+            opset=opset,
+            quantize=quantize.value,
+            calibration=calibration,
+            samples=None if calibration is None else samples,
+        ).quantization
+        assert smaller is not None
+        export = replace(export, quantization=replace(smaller, path=str(output.folder / INT8_ONNX)))
     output.save_result(result, export)
     return export

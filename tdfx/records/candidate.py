@@ -8,7 +8,8 @@ from tdfx.records.cost import Cost
 from tdfx.records.layer import Rank
 
 DENSE = "dense"
-SLOWER = "estimated slower than dense"
+SLOWER = "slower than dense"
+SLOWER_ESTIMATED, SLOWER_MEASURED = f"estimated {SLOWER}", f"measured no faster, or {SLOWER}"
 
 
 @dataclass(frozen=True)

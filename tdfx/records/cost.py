@@ -80,6 +80,11 @@ class Cost:
         )
 
 
+def whole_ns(latency_s: float) -> float:
+    """Rounded to nanoseconds, so that sums of latencies compare as whole numbers do."""
+    return round(latency_s, 9)
+
+
 def elements(shape: tuple[int, ...]) -> int:
     """Number of elements of a tensor of this shape."""
     return math.prod(shape)

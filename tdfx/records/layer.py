@@ -11,6 +11,8 @@ from tdfx.records.cost import Workload
 Shape = tuple[int, ...]
 Rank = tuple[int, ...]
 Kind = Literal["linear", "conv1d", "conv2d", "conv3d"]
+Fused = Literal["", "relu", "add", "add_relu"]
+"""What a runtime computes in one operator with the layer before it: adding a tensor of its output's shape, a ReLU."""
 
 ITEMSIZE = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 

@@ -13,6 +13,8 @@ from tdfx.records.writing import to_text
 from tdfx.tables import align, count, seconds
 
 VERSION = 1
+ESTIMATED, MEASURED = "estimated", "measured"
+"""Where latencies come from."""
 MOST_SEED = 2**63 - 1  # torch takes no larger one
 
 

@@ -13,7 +13,8 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 from tdfx.errors import PlanError, TdfxError
 
 T = TypeVar("T")
-MAY_BE_MISSING = ("notes", "caveat")  # what a person who writes a plan may leave out
+MAY_BE_MISSING = ("notes", "caveat", "measured", "quantization")
+"""What a person who writes a plan may leave out, and what is seldom there."""
 
 
 def parse(text: str, what: str, error: type[TdfxError] = PlanError) -> dict[str, Any]:

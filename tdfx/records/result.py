@@ -10,6 +10,7 @@ from torch import nn
 
 from tdfx.records.cost import Cost
 from tdfx.records.inputs import InputSpec
+from tdfx.records.latency import Measured
 from tdfx.records.layer import Skipped
 from tdfx.records.plan import Plan
 from tdfx.records.reading import parse, read
@@ -33,6 +34,7 @@ class Report:
             "correction": divergence from the original on inputs held out, without it and with what was kept.
         notes: what the user should know.
         versions: of tdfx, torch and Python.
+        measured: the result timed in ONNX Runtime against its original, where that was asked for.
     """
 
     plan: Plan
@@ -45,6 +47,7 @@ class Report:
     verification: dict[str, Any]
     notes: tuple[str, ...]
     versions: dict[str, str]
+    measured: Measured | None = None
 
     def to_json(self) -> str:
         """All of it as indented JSON."""
@@ -73,6 +76,8 @@ class Report:
             old_s, new_s = self.before.latency_s, self.after.latency_s
             source = self.plan.latency_source
             lines.append(f"{'latency':13}{seconds(old_s)} -> {seconds(new_s)} ({share(new_s, old_s)}, {source})")
+        if self.measured is not None:
+            lines.append(f"{'measured':13}{self.measured}")
         lines += [f"skipped {entry.layer}: {entry.reason}" for entry in self.skipped]
         lines += [f"note: {note}" for note in self.notes if note not in self.plan.notes]
         return "\n".join(lines)

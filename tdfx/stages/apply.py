@@ -35,7 +35,7 @@ from tdfx.records.capture import Capture
 from tdfx.records.cost import Cost
 from tdfx.records.inputs import InputSpec
 from tdfx.records.layer import Site
-from tdfx.records.plan import Plan
+from tdfx.records.plan import MEASURED, Plan
 from tdfx.records.result import Report, Result
 from tdfx.scoring import Scoring, scoring_of, scoring_of_stored
 from tdfx.stages.capture import RTOL, Model, capture
@@ -61,6 +61,7 @@ def apply(
     """Decomposes the layers as a plan says and splices the factors into a copy of the model.
 
     Costs and errors in the returned plan are computed anew from site, method and rank: a plan edited by hand is fine.
+    Measured latencies are taken from the plan.
 
     Args:
         model: the model the plan was made for.
@@ -172,6 +173,8 @@ def carry_out(
         after=sum((c.cost for c in candidates), start=rest_cost(captured, tuple(sites.values()), target)),
     )
     after = network_cost(compressed, captured.args, captured.kwargs, target)
+    if plan.latency_source == MEASURED:
+        carried_out, after = _with_latencies(carried_out, plan), _with_latency(after, plan.after)
     _check_cost(carried_out.after, after)
     report = Report(
         plan=carried_out,
@@ -186,6 +189,21 @@ def carry_out(
         versions={"tdfx": VERSION, "torch": torch.__version__, "python": platform.python_version()},
     )
     return Result(compressed, carried_out, carried_out.before, after, plan.skipped, report, copy.deepcopy(module))
+
+
+def _with_latencies(carried_out: Plan, plan: Plan) -> Plan:
+    """The plan with another one's latencies, which no shape tells."""
+    pairs = zip(carried_out.candidates, plan.candidates, strict=True)
+    return replace(
+        carried_out,
+        candidates=tuple(replace(found, cost=_with_latency(found.cost, planned.cost)) for found, planned in pairs),
+        before=_with_latency(carried_out.before, plan.before),
+        after=_with_latency(carried_out.after, plan.after),
+    )
+
+
+def _with_latency(cost: Cost, measured: Cost) -> Cost:
+    return replace(cost, latency_s=measured.latency_s)
 
 
 def check_verify(verify: str) -> None:

@@ -15,11 +15,15 @@ from tdfx.inputs import Inputs
 from tdfx.metrics import LOSS
 from tdfx.moments import Moments
 from tdfx.progress import Report as ProgressReport
+from tdfx.records.latency import LatencyTable, Runtime
+from tdfx.records.plan import MEASURED
 from tdfx.records.result import Result
 from tdfx.scores import Evaluate
 from tdfx.stages.apply import carry_out, check_verify
 from tdfx.stages.calibrate import calibrate
 from tdfx.stages.capture import Model, capture
+from tdfx.stages.guard import carry_out_measured, check_guard, limits_latency, with_time
+from tdfx.stages.latency import measure_latency, measured_rank_grid, with_latency
 from tdfx.stages.plan import plan, read_budget
 from tdfx.stages.profile import profile
 from tdfx.stages.search import cheapest, read_drop
@@ -43,6 +47,9 @@ def compress(
     correct: bool = True,
     planner: str = "knapsack",
     target: str | None = "ort-cpu",
+    guard: str = "estimated",
+    runtime: Runtime | None = None,
+    latency: LatencyTable | None = None,
     rank_multiple: int | None = None,
     trainable: bool = False,
     verify: str = "plan",
@@ -60,7 +67,8 @@ def compress(
             an exported program was made with.
         example_kwargs: keyword arguments, tensors.
         budget: "flops=50%", "macs=1.2G", "params=2M", "bytes=8MB", several joined by commas, or a ``tdfx.Budget``;
-            shares are of the whole model. With ``evaluate`` also "drop=1%" of the original's score, or "drop=0.01".
+            "latency=12ms" or "latency=50%" of a run in ONNX Runtime, measured; shares are of the whole model. With
+            ``evaluate`` also "drop=1%" of the original's score, or "drop=0.01".
         methods: names of decompositions, None for all; exactly one with ``ranks``.
         ranks: instead of a budget, a rule for the rank of every layer: "vbmf", "energy=0.95", "ratio=0.33" or
             "compression=75%"; see ``profile``.
@@ -75,7 +83,13 @@ def compress(
         planner: name of a planner.
         target: runtime the result is meant for, so that chains estimated slower than dense are not offered; None for no
             estimate.
-        rank_multiple: None for the target's grid, or free ranks with ``ranks``; 1 for free ranks.
+        guard: "measured" times every choice in ONNX Runtime and the network at the end: it is faster than the original,
+            or the budget counts as not reachable. "estimated" goes by the target's estimate. Budgets of latency are
+            measured with both.
+        runtime: what latency is measured in; None for one thread of ONNX Runtime on the CPU.
+        latency: times that were measured before or on another device, in place of measuring here.
+        rank_multiple: None for the target's grid, that of the runtime where latency is measured, or free ranks with
+            ``ranks``; 1 for free ranks.
         trainable: keep BatchNorm and Dropout for fine-tuning.
         verify: "plan", or "full" to check every method at full rank too.
         seed: of the decompositions; same inputs and seed give the same result on the same machine.
@@ -98,6 +112,9 @@ def compress(
     asked = read_drop(budget, ranks, planner, minimize, evaluate)  # options of the last stages, before the slow ones
     parsed = read_budget(budget, ranks, planner) if asked is None else None
     check_verify(verify)
+    check_guard(guard)
+    measures = latency is None and (guard == MEASURED or limits_latency(asked or parsed))
+    runtime = runtime or Runtime()
     timings: dict[str, float] = {}
     with timed(timings, "capture"):
         captured = capture(model, example_inputs, example_kwargs, trainable=trainable)
@@ -109,6 +126,8 @@ def compress(
             moments = calibrate(
                 captured, calibration, metric=kind, output=output, seed=seed, cache_dir=cache_dir, progress=progress
             )
+    if measures and rank_multiple is None and ranks is None:
+        rank_multiple = measured_rank_grid(runtime, cache_dir)
     with timed(timings, "profile"):
         profiled = profile(
             captured,
@@ -126,6 +145,11 @@ def compress(
             cache_dir=cache_dir,
             progress=progress,
         )
+    if measures:
+        with timed(timings, "latency"):
+            latency = measure_latency(captured, profiled, runtime=runtime, cache_dir=cache_dir, progress=progress)
+    if latency is not None:
+        profiled = with_latency(profiled, latency)
     if asked is not None and evaluate is not None:
         with timed(timings, "search"):
             result = cheapest(
@@ -140,9 +164,22 @@ def compress(
                 cache_dir=cache_dir,
                 progress=progress,
             )
+        if measures:
+            result = with_time(captured, result, runtime)
+    elif measures:
+        result = carry_out_measured(
+            captured,
+            profiled,
+            parsed,
+            runtime=runtime,
+            guard=guard,
+            moments=moments,
+            planner=planner,
+            verify=verify,
+        )
     else:
         with timed(timings, "plan"):
-            chosen = plan(profiled, parsed, planner=planner)
+            chosen = plan(profiled, parsed, planner=planner, slower=guard != MEASURED)
         result = carry_out(captured, chosen, moments=moments, verify=verify)
     for note in result.plan.notes:
         warnings.warn(note, stacklevel=2)

@@ -20,7 +20,7 @@ from tdfx.rank_rules import RankRule
 from tdfx.records.capture import Capture
 from tdfx.records.cost import Cost
 from tdfx.records.layer import Site
-from tdfx.records.plan import MOST_SEED
+from tdfx.records.plan import ESTIMATED, MOST_SEED
 from tdfx.records.profile import Profile
 from tdfx.scoring import scoring_of
 from tdfx.selection import Selection
@@ -112,7 +112,7 @@ def profile(
         rank_multiple=multiple,
         trainable=captured.trainable,
         seed=seed,
-        latency_source=None if runtime is None else "estimated",
+        latency_source=None if runtime is None else ESTIMATED,
         structure=captured.structure,
         weights=captured.weights,
         rank_rule=None if rule is None else str(rule),

@@ -470,6 +470,7 @@ def test_the_report_says_it_all() -> None:
     values = json.loads(report.to_json())
     assert list(values) == [
         "plan", "before", "after", "skipped", "inputs", "tier", "timings_s", "verification", "notes", "versions",
+        "measured",
     ]  # fmt: skip
     assert list(report.timings_s) == ["capture", "factorize", "verify"] and min(report.timings_s.values()) > 0
     assert report.versions["torch"] == torch.__version__

@@ -115,7 +115,8 @@ def test_the_signature_is_the_public_one() -> None:
     assert positional == ["model", "example_inputs", "example_kwargs"]
     assert [p.name for p in parameters if p.kind is p.KEYWORD_ONLY] == [
         "budget", "methods", "ranks", "include", "exclude", "overrides", "metric", "calibration",
-        "output", "correct", "planner", "target", "rank_multiple", "trainable", "verify", "seed", "minimize",
+        "output", "correct", "planner", "target", "guard", "runtime", "latency",
+        "rank_multiple", "trainable", "verify", "seed", "minimize",
         "evaluate", "cache_dir", "progress",
     ]  # fmt: skip
 

@@ -1,0 +1,132 @@
+"""Plans made on measured latency: asked, predicted, measured; and plans by FLOPs with free ranks, on the grid, guarded.
+
+    python benchmarks/latency.py [--networks resnet18 ...] [--threads 1 2] [--data DIR]
+
+All times are medians in ONNX Runtime, those of a network and its original taken in turn. Weights are random but for
+the CIFAR networks, which take --data.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from cifar import images, trained_resnet
+from networks import TextEncoder, VisionTransformer, mobilenet_v2, vgg16
+from scale import ResNet
+from torch import Tensor, nn
+
+import tdfx
+from tdfx.budget import Budget
+from tdfx.records.latency import Measured, Runtime
+from tdfx.stages.apply import carry_out
+from tdfx.stages.guard import carry_out_measured, with_time
+from tdfx.stages.latency import measured_rank_grid
+from tdfx.tables import align, seconds
+
+IMAGE = (1, 3, 224, 224)
+RANDOM: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "resnet18": (lambda: ResNet(18), IMAGE),
+    "resnet50": (lambda: ResNet(50), IMAGE),
+    "vgg16": (vgg16, IMAGE),
+    "mobilenet_v2": (mobilenet_v2, IMAGE),
+    "vit_small": (VisionTransformer, IMAGE),
+    "bert_small": (TextEncoder, (1, 128, 512)),
+}
+TRAINED = {"cifar_resnet20": 20, "cifar_resnet56": 56}
+SHARES = (70, 50, 35)
+HEADER = ("network", "threads", "grid", "asked", "predicted", "measured", "quartiles", "FLOPs", "plans", "layers left")
+
+
+def main() -> None:
+    """Prints a row for every budget, as it is reached."""
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--networks", nargs="+", default=[*RANDOM, *TRAINED], choices=[*RANDOM, *TRAINED])
+    options.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    options.add_argument(
+        "--data", type=Path, default=os.environ.get("TDFX_DATA"), help="folder with the CIFAR networks"
+    )
+    options.add_argument("--methods", nargs="+", default=["svd", "channel_svd", "spatial_svd", "tucker2", "tt"])
+    options.add_argument("--cache", type=Path, default=None, help="folder that keeps errors and times between runs")
+    given = options.parse_args()
+    rows = []
+    for name in given.networks:
+        model, example = network(name, given.data)
+        for threads in given.threads:
+            for row in measured_rows(model, example, Runtime(threads), given.methods, given.cache):
+                rows.append((name, str(threads), *row))
+                print(*rows[-1], sep="  ", flush=True)
+    print("\n" + align(HEADER, rows, right=range(1, 9)))
+
+
+def network(name: str, data: Path | None) -> tuple[nn.Module, Tensor]:
+    """A network and an example input."""
+    torch.manual_seed(0)
+    if name in RANDOM:
+        make, shape = RANDOM[name]
+        return make().eval(), torch.randn(shape)
+    if data is None:
+        raise SystemExit(f"{name}: name the folder with the CIFAR networks by --data or TDFX_DATA")
+    return trained_resnet(Path(data), TRAINED[name]), images(Path(data), "test")[0][:2]
+
+
+def measured_rows(
+    model: nn.Module, example: Tensor, runtime: Runtime, methods: list[str], cache: Path | None
+) -> Iterator[tuple[str, ...]]:
+    """One row a budget, without the network's name."""
+    captured = tdfx.capture(model, example)
+    grid = measured_rank_grid(runtime, cache)
+    profiles = {
+        multiple: tdfx.profile(captured, methods=methods, rank_multiple=multiple, cache_dir=cache, target=target)
+        for multiple, target in ((grid, "ort-cpu"), (1, None))
+    }
+    started = time.perf_counter()
+    table = tdfx.measure_latency(captured, profiles[grid], runtime=runtime, cache_dir=cache)
+    print(
+        f"{len(table.rows)} times in {time.perf_counter() - started:.0f} s, whole {seconds(table.network_s)}",
+        flush=True,
+    )
+    timed = tdfx.with_latency(profiles[grid], table)
+
+    def row(asked: str, multiple: int, make: Callable[[], tdfx.Result]) -> tuple[str, ...]:
+        try:
+            result = make()
+        except tdfx.BudgetError as error:
+            return str(multiple), asked, "-", "-", "-", "-", "-", f"not reachable: {error}"
+        measured = result.report.measured
+        assert measured is not None
+        left = sum(candidate.is_dense for candidate in result.plan.candidates)
+        return str(multiple), asked, *_cells(result, measured), f"{left} of {len(result.plan.candidates)}"
+
+    def guarded(asked: str, guard: str) -> Callable[[], tdfx.Result]:
+        return lambda: carry_out_measured(captured, timed, Budget.parse(asked), runtime=runtime, guard=guard)
+
+    def unguarded(asked: str, multiple: int) -> Callable[[], tdfx.Result]:
+        plan = tdfx.plan(profiles[multiple], asked)
+        return lambda: with_time(captured, carry_out(captured, plan), runtime)
+
+    for share in SHARES:
+        yield row(f"latency={share}%", grid, guarded(f"latency={share}%", "estimated"))
+    yield row("flops=50%, free ranks", 1, unguarded("flops=50%", 1))
+    yield row("flops=50%, grid", grid, unguarded("flops=50%", grid))
+    for share in (50, 30):
+        yield row(f"flops={share}%, guarded", grid, guarded(f"flops={share}%", "measured"))
+
+
+def _cells(result: tdfx.Result, measured: Measured) -> tuple[str, ...]:
+    lower, upper = measured.quartiles
+    return (
+        "-" if measured.predicted_ratio is None else f"{measured.predicted_ratio:.1%}",
+        f"{measured.ratio:.1%}",
+        f"{lower:.1%} {upper:.1%}",
+        f"{result.after.flops / result.before.flops:.1%}",
+        str(measured.plans),
+    )
+
+
+if __name__ == "__main__":
+    main()

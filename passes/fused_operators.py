@@ -1,0 +1,67 @@
+"""Which operators follow a layer and are fused with it by inference runtimes."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+
+import torch
+from torch import fx, nn
+from torch.nn import functional as F
+
+from tdfx.passes.base import AnalysisPass
+from tdfx.passes.shape_prop import TensorMeta
+from tdfx.records.layer import Fused, Site
+
+ADDS = (operator.add, operator.iadd, torch.add, "add", "add_")
+RELUS = (F.relu, torch.relu, torch.relu_, "relu", "relu_")
+
+
+@dataclass(frozen=True)
+class FusedOperators(AnalysisPass[dict[str, tuple[Fused, ...]]]):
+    """What follows every call of a site's layer, by site.
+
+    Attributes:
+        sites: the layers of interest.
+        metas: shapes by node name, as ``ShapeProp`` returns them.
+    """
+
+    sites: tuple[Site, ...]
+    metas: dict[str, TensorMeta]
+
+    def apply(self, graph_module: fx.GraphModule) -> dict[str, tuple[Fused, ...]]:
+        found: dict[str, tuple[Fused, ...]] = {site.name: () for site in self.sites}
+        for node in graph_module.graph.nodes:
+            if node.op == "call_module" and node.target in found:
+                found[node.target] = (*found[node.target], self._follows(graph_module, node))
+        return found
+
+    def _follows(self, graph_module: fx.GraphModule, call: fx.Node) -> Fused:
+        user = _only_user(call)
+        if user is None:
+            return ""
+        if _is_relu(graph_module, user):
+            return "relu"
+        if not self._is_add(user):
+            return ""
+        after = _only_user(user)
+        return "add_relu" if after is not None and _is_relu(graph_module, after) else "add"
+
+    def _is_add(self, node: fx.Node) -> bool:
+        """Whether it is a sum of two tensors of the same shape."""
+        if node.op not in ("call_function", "call_method") or node.target not in ADDS:
+            return False
+        terms = [term for term in node.args if isinstance(term, fx.Node)]
+        shapes = {self.metas[term.name].shape for term in terms if term.name in self.metas}
+        return len(terms) == 2 and len(shapes) == 1
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    users = list(node.users)
+    return users[0] if len(users) == 1 else None
+
+
+def _is_relu(graph_module: fx.GraphModule, node: fx.Node) -> bool:
+    if node.op == "call_module":
+        return isinstance(graph_module.get_submodule(str(node.target)), nn.ReLU)
+    return node.op in ("call_function", "call_method") and node.target in RELUS

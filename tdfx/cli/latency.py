@@ -1,0 +1,81 @@
+"""The commands about time: measuring the choices for a network's layers, here or on a device without PyTorch."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tdfx.cli import options as given
+from tdfx.cli.support import cache_folder, exit_codes, model_and_inputs, read_record
+from tdfx.files import write_text
+from tdfx.latency.fit import fit_target
+from tdfx.records.capture import Capture
+from tdfx.records.latency import LatencyTable, Runtime
+from tdfx.records.profile import Profile
+from tdfx.stages.capture import capture
+from tdfx.stages.latency import measure_latency, with_latency, write_latency_kit
+from tdfx.targets import FILE
+
+File = Annotated[Path, typer.Argument(metavar="PROFILE.JSON", help="What tdfx profile wrote for the model.")]
+
+
+def latency(
+    model: given.Model,
+    file: File,
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="Where it goes, as JSON.")],
+    inputs: given.Inputs = None,
+    weights: given.Weights = None,
+    threads: given.Threads = 1,
+    provider: given.Provider = "CPUExecutionProvider",
+    cache_dir: given.CacheDir = None,
+    debug: given.Debug = False,
+) -> None:
+    """Time every choice of a profile in ONNX Runtime on this machine, for tdfx plan --latency."""
+    with exit_codes(debug):
+        captured, profile = _profiled(model, file, inputs, weights)
+        table = measure_latency(
+            captured, profile, runtime=Runtime(threads, provider), cache_dir=cache_folder(cache_dir)
+        )
+        write_text(out, table.to_json())
+        typer.echo(f"{table}\n\n{out}: times; tdfx plan reads it as --latency")
+
+
+def latency_kit(
+    model: given.Model,
+    file: File,
+    out: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder.")],
+    inputs: given.Inputs = None,
+    weights: given.Weights = None,
+    debug: given.Debug = False,
+) -> None:
+    """Write a folder that times every choice of a profile on a device with only numpy and onnxruntime."""
+    with exit_codes(debug):
+        write_latency_kit(*_profiled(model, file, inputs, weights), out)
+        typer.echo(f"{out}: copy it to the device, run python run.py there; tdfx plan --latency reads its latency.json")
+
+
+def latency_fit(
+    file: File,
+    table: Annotated[Path, typer.Argument(metavar="LATENCY.JSON", help="What tdfx latency or a latency kit measured.")],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE.json", help="Where the target goes.")],
+    debug: given.Debug = False,
+) -> None:
+    """Fit the estimate of latency to measured times, as a target for tdfx profile --target FILE.json."""
+    with exit_codes(debug):
+        if out.suffix != FILE:
+            raise typer.BadParameter(
+                f"{out} must end in {FILE}, by which targets in files are known", param_hint="--out"
+            )
+        fit = fit_target(with_latency(read_record(Profile, file), read_record(LatencyTable, table)), str(out))
+        write_text(out, json.dumps(asdict(fit.target), indent=2) + "\n")
+        typer.echo(f"{fit}\n\n{out}: target; tdfx profile reads it as --target {out}")
+
+
+def _profiled(model: str, file: Path, inputs: list[str] | None, weights: Path | None) -> tuple[Capture, Profile]:
+    profile = read_record(Profile, file)
+    network, args, kwargs = model_and_inputs(model, weights, inputs, profile.seed)
+    return capture(network, args, kwargs, trainable=profile.trainable), profile

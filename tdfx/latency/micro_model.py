@@ -1,0 +1,143 @@
+"""ONNX models of one layer, or of the chain that takes its place, with the operators that the runtime fuses with it.
+
+Weights are made by ``ConstantOfShape``, which ONNX Runtime folds when it loads a model: files of a few hundred bytes
+that run as any other. The value is no zero and no denormal number, so that times are those of real weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from tdfx.records.layer import Fused, LayerSpec, Shape
+
+OPSET, IR_VERSION = 18, 8  # runtimes of some years ago take them
+WEIGHT = 0.01
+TYPES = {"float32": TensorProto.FLOAT}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Layers called one after the other, once.
+
+    Attributes:
+        layers: first to last; names do not matter.
+        call: index of the call whose shapes are meant.
+        fused: what follows the last.
+    """
+
+    layers: tuple[LayerSpec, ...]
+    call: int
+    fused: Fused
+
+    @property
+    def key(self) -> str:
+        """The same for all pieces whose models are the same."""
+        alike = [asdict(replace(layer, name="", bias=False, calls=(layer.calls[self.call],))) for layer in self.layers]
+        return hashlib.sha256(json.dumps([alike, self.fused, OPSET]).encode()).hexdigest()[:24]
+
+    @property
+    def weight_bytes(self) -> int:
+        """Memory that its weights take once they are made."""
+        return sum(layer.weight_bytes for layer in self.layers)
+
+    def model(self) -> bytes:
+        """The ONNX model, serialized. Every layer has a bias."""
+        return _Builder(TYPES[self.layers[0].dtype]).build(self)
+
+
+class _Builder:
+    """Nodes and shapes of one graph, as they are added."""
+
+    def __init__(self, dtype: int) -> None:
+        self.dtype = dtype
+        self.nodes: list[onnx.NodeProto] = []
+        self.shapes: list[onnx.TensorProto] = []
+        self.inputs: list[onnx.ValueInfoProto] = []
+
+    def build(self, piece: Piece) -> bytes:
+        value = self.input("x", piece.layers[0].calls[piece.call].input_shape)
+        for layer in piece.layers:
+            call = layer.calls[piece.call]
+            value = (
+                self.linear(layer, value, len(call.input_shape))
+                if layer.kind == "linear"
+                else self.convolution(layer, value)
+            )
+        output_shape = piece.layers[-1].calls[piece.call].output_shape
+        if piece.fused.startswith("add"):
+            value = self.node("Add", [value, self.addend(output_shape)])
+        if piece.fused.endswith("relu"):
+            value = self.node("Relu", [value])
+        output = helper.make_tensor_value_info(value, self.dtype, output_shape)
+        graph = helper.make_graph(self.nodes, "piece", self.inputs, [output], self.shapes)
+        imports = [helper.make_opsetid("", OPSET)]
+        serialized: bytes = helper.make_model(graph, opset_imports=imports, ir_version=IR_VERSION).SerializeToString()
+        return serialized
+
+    def input(self, name: str, shape: Shape) -> str:
+        self.inputs.append(helper.make_tensor_value_info(name, self.dtype, shape))
+        return name
+
+    def node(self, kind: str, inputs: Sequence[str], **attributes: Any) -> str:
+        output = f"v{len(self.nodes)}"
+        self.nodes.append(helper.make_node(kind, inputs, [output], **attributes))
+        return output
+
+    def integers(self, values: Sequence[int]) -> str:
+        name = f"s{len(self.shapes)}"
+        self.shapes.append(numpy_helper.from_array(np.array(values, np.int64), name))
+        return name
+
+    def constant(self, shape: Shape) -> str:
+        value = helper.make_tensor("value", self.dtype, [1], [WEIGHT])
+        return self.node("ConstantOfShape", [self.integers(shape)], value=value)
+
+    def addend(self, shape: Shape) -> str:
+        """A second input; of an image, through an operator that leaves it in the layout in which convolutions add."""
+        second = self.input("y", shape)
+        return self.node("MaxPool", [second], kernel_shape=[1, 1]) if len(shape) == 4 else second
+
+    def linear(self, layer: LayerSpec, value: str, dims: int) -> str:
+        bias = self.constant((layer.out_channels,))
+        if dims == 2:
+            return self.node("Gemm", [value, self.constant(layer.weight_shape), bias], transB=1)
+        product = self.node("MatMul", [value, self.constant((layer.in_channels, layer.out_channels))])
+        return self.node("Add", [product, bias])
+
+    def convolution(self, layer: LayerSpec, value: str) -> str:
+        pads = _pads(layer)
+        if layer.padding_mode != "zeros" and any(pads):
+            lead = [0, 0]
+            half = len(pads) // 2
+            amounts = self.integers([*lead, *pads[:half], *lead, *pads[half:]])
+            mode = {"reflect": "reflect", "replicate": "edge", "circular": "wrap"}[layer.padding_mode]
+            value, pads = self.node("Pad", [value, amounts], mode=mode), [0] * len(pads)
+        return self.node(
+            "Conv",
+            [value, self.constant(layer.weight_shape), self.constant((layer.out_channels,))],
+            kernel_shape=layer.kernel_size,
+            strides=layer.stride,
+            dilations=layer.dilation,
+            pads=pads,
+            group=layer.groups,
+        )
+
+
+def _pads(layer: LayerSpec) -> list[int]:
+    """Zeros before every dimension, then after every one; "same" puts an odd one after."""
+    if layer.padding == "valid":
+        return [0] * 2 * len(layer.kernel_size)
+    if layer.padding == "same":
+        total = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
+        return [t // 2 for t in total] + [math.ceil(t / 2) for t in total]
+    assert not isinstance(layer.padding, str)
+    return [*layer.padding, *layer.padding]

@@ -1,0 +1,238 @@
+"""Times small ONNX models in ONNX Runtime; alone on a device it is all that is needed there besides its folder.
+
+    python run.py [--threads 1] [--provider CPUExecutionProvider] [--seconds 0.05]
+
+The folder holds ``kit.json``, ``network.onnx`` and ``models/``; the result, ``latency.json``, is for
+``tdfx plan --latency``. A run that was stopped goes on from there. Needs Python 3.10, numpy and onnxruntime.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+VERSION = 1  # of latency.json
+ROUNDS = (7, 60)  # of a group, at least and at most
+BYTES = 10**9  # of weights that are loaded at once
+WARM_UP = 2  # rounds that do not count: the first ones allocate
+SECONDS = 0.05  # that the runs of one model take
+NETWORK_ROUNDS = (15, 100)
+NETWORK_SECONDS = 1.0
+
+DTYPES = {
+    "tensor(float)": np.float32,
+    "tensor(double)": np.float64,
+    "tensor(float16)": np.float16,
+    "tensor(int64)": np.int64,
+    "tensor(int32)": np.int32,
+    "tensor(bool)": np.bool_,
+}
+
+Run = Callable[[], object]
+Clock = Callable[[], float]
+
+
+def interleaved(
+    runs: Sequence[Run], *, rounds: tuple[int, int] = ROUNDS, seconds: float = SECONDS, clock: Clock = time.perf_counter
+) -> list[list[float]]:
+    """Seconds of every timed call of each run, in rounds in which each is called once, every other one in reverse.
+
+    Whatever slows the machine down meets all alike. There are as many rounds as ``seconds`` a run allow, within
+    ``rounds``.
+    """
+    times: list[list[float]] = [[] for _ in runs]
+    order = list(range(len(runs)))
+    started, wanted, done = 0.0, rounds[0], 0
+    while done < WARM_UP + wanted:
+        if done == WARM_UP:
+            started = clock()
+        for index in order if done % 2 else reversed(order):
+            before = clock()
+            runs[index]()
+            times[index].append(clock() - before)
+        done += 1
+        if done == WARM_UP + 1:
+            wanted = min(max(rounds[0], int(seconds * len(runs) / max(clock() - started, 1e-9))), rounds[1])
+    return [values[WARM_UP:] for values in times]
+
+
+def session_run(model: bytes | str, runtime: Mapping[str, Any]) -> Run:
+    """A function that runs an ONNX model, a file's path or its bytes, once on inputs drawn for it.
+
+    Args:
+        model: the model; open dimensions are taken for 1.
+        runtime: "threads" (intra-op), "provider", and "config", entries of the session's configuration.
+    """
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = runtime["threads"]
+    options.inter_op_num_threads = 1
+    for key, value in runtime.get("config", {}).items():
+        options.add_session_config_entry(key, value)
+    session = ort.InferenceSession(model, options, providers=[runtime["provider"]])
+    generator = np.random.default_rng(0)
+    feed = {value.name: _draw(generator, value) for value in session.get_inputs()}
+    return lambda: session.run(None, feed)
+
+
+def host() -> dict[str, str]:
+    """The processor, and ONNX Runtime's version."""
+    import onnxruntime as ort
+
+    return {"processor": processor(), "onnxruntime": str(ort.__version__)}
+
+
+def processor() -> str:
+    """The processor's model name, as the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def group_ratios(runs: Sequence[Run], seconds: float, clock: Clock = time.perf_counter) -> list[float]:
+    """Median seconds of each run over those of the first."""
+    medians = [statistics.median(values) for values in interleaved(runs, seconds=seconds, clock=clock)]
+    return [value / medians[0] for value in medians]
+
+
+def network_times(models: Sequence[str], runtime: Mapping[str, Any]) -> list[list[float]]:
+    """Seconds of every timed run of whole networks, in turn."""
+    return interleaved(
+        [session_run(model, runtime) for model in models], rounds=NETWORK_ROUNDS, seconds=NETWORK_SECONDS
+    )
+
+
+def _draw(generator: np.random.Generator, value: Any) -> np.ndarray[Any, Any]:
+    shape = [size if isinstance(size, int) else 1 for size in value.shape]
+    dtype = DTYPES[value.type]
+    if np.issubdtype(dtype, np.floating):
+        return generator.standard_normal(shape).astype(dtype)
+    return np.zeros(shape, dtype)
+
+
+def batches(keys: Sequence[str], sizes: Mapping[str, int], room: int) -> list[list[str]]:
+    """The keys in order, in lists whose sizes together are within the room; at least one key a list."""
+    found: list[list[str]] = []
+    left = 0
+    for key in keys:
+        if not found or sizes[key] > left:
+            found.append([])
+            left = room
+        found[-1].append(key)
+        left -= sizes[key]
+    return found
+
+
+def measure(
+    kit: Mapping[str, Any],
+    network: bytes | str,
+    load: Callable[[str], bytes | str],
+    runtime: Mapping[str, Any],
+    *,
+    ratios: dict[str, dict[str, float]],
+    keep: Callable[[], None],
+    progress: Callable[[int, int], None],
+    seconds: float = SECONDS,
+) -> dict[str, Any]:
+    """Times what a kit lists.
+
+    A group is a model of a layer as it is, first, and those of the chains that may take its place; these are timed as
+    multiples of it, and all layers as they are once more beside the network, so that times of all groups compare.
+
+    Args:
+        kit: "groups", lists of keys; "bytes" of their weights; "rows", each a site, method, rank, and pairs of keys, of
+            the layer and of the chain, one for every call; "structure", a fingerprint.
+        network: the whole network's model.
+        load: gives a model by its key.
+        runtime: as for ``session_run``.
+        ratios: known ones by key of the layer and of the chain; those measured are added.
+        keep: called after each group, or part of one.
+        progress: called with groups done, and groups in all.
+        seconds: that the runs of one model take.
+
+    Returns:
+        "network_s", and "rows" with "site", "method", "rank" and "latency_s".
+    """
+    groups = kit["groups"]
+    for done, (dense, *others) in enumerate(groups):
+        progress(done, len(groups))
+        known = ratios.setdefault(dense, {dense: 1.0})
+        missing = [key for key in others if key not in known]
+        for part in batches(missing, kit["bytes"], BYTES - kit["bytes"][dense]):
+            keys = [dense, *part]
+            found = group_ratios([session_run(load(key), runtime) for key in keys], seconds)
+            known.update(zip(keys, found, strict=True))
+            keep()
+    layers = [dense for dense, *_ in groups]
+    runs = [session_run(model, runtime) for model in (network, *map(load, layers))]
+    times = interleaved(runs, rounds=NETWORK_ROUNDS, seconds=NETWORK_SECONDS / 2)
+    network_s, *layers_s = (statistics.median(values) for values in times)
+    dense_s = dict(zip(layers, layers_s, strict=True))
+    progress(len(groups), len(groups))
+    rows = [
+        {
+            "site": site,
+            "method": method,
+            "rank": rank,
+            "latency_s": round(sum(dense_s[dense] * ratios[dense][key] for dense, key in pairs), 9),
+        }
+        for site, method, rank, pairs in kit["rows"]
+    ]
+    return {"structure": kit["structure"], "network_s": round(network_s, 9), "rows": rows}
+
+
+# --- alone on a device ---
+
+
+def main(folder: Path, arguments: Sequence[str] | None = None) -> None:
+    """Measures what ``kit.json`` lists and writes ``latency.json``."""
+    options = argparse.ArgumentParser(description="Times the models of this folder in ONNX Runtime.")
+    options.add_argument("--threads", type=int, default=1, help="of one operator")
+    options.add_argument("--provider", default="CPUExecutionProvider")
+    options.add_argument("--seconds", type=float, default=SECONDS, help="that the runs of one model take")
+    given = options.parse_args(arguments)
+    runtime = {"threads": given.threads, "provider": given.provider, "config": {}}
+    header = {"version": VERSION, "runtime": runtime, "host": host()}
+    kit = json.loads((folder / "kit.json").read_text(encoding="utf-8"))
+    unfinished, result = folder / "unfinished.json", folder / "latency.json"
+    ratios: dict[str, dict[str, float]] = {}
+    if unfinished.exists():
+        found = json.loads(unfinished.read_text(encoding="utf-8"))
+        ratios = found.pop("ratios") if {key: found[key] for key in header} == header else {}
+    measured = measure(
+        kit,
+        str(folder / "network.onnx"),
+        lambda key: str(folder / "models" / f"{key}.onnx"),
+        runtime,
+        ratios=ratios,
+        keep=lambda: write(unfinished, {**header, "ratios": ratios}),
+        progress=lambda done, total: print(f"{done} of {total} layers", file=sys.stderr, flush=True),
+        seconds=given.seconds,
+    )
+    write(result, {**header, **measured})
+    print(f"{result}: for tdfx plan --latency", file=sys.stderr)
+
+
+def write(path: Path, value: object) -> None:
+    """Writes JSON; the file is there whole or as it was."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+if __name__ == "__main__":
+    main(Path(__file__).resolve().parent)

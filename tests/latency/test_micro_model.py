@@ -1,0 +1,128 @@
+"""Models that are timed, against the layers they stand for."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from torch import Tensor
+
+from tdfx.decompositions import registry
+from tdfx.decompositions.chain import build_layer
+from tdfx.latency.micro_model import WEIGHT, Piece
+from tdfx.records.layer import Call, Fused, LayerSpec, Site
+
+CONV = LayerSpec("conv", "conv2d", 6, 8, (3, 3), (1, 1), (1, 1), dilation=(1, 1)).called_on(((2, 6, 9, 7),))
+LINEAR = LayerSpec("linear", "linear", 6, 8)
+
+LAYERS = {
+    "conv": CONV,
+    "stride": replace(CONV, stride=(2, 1)).called_on(((2, 6, 9, 7),)),
+    "uneven": replace(CONV, kernel_size=(5, 1), padding=(2, 0), dilation=(1, 2)).called_on(((2, 6, 9, 7),)),
+    "depthwise": replace(CONV, out_channels=6, groups=6).called_on(((2, 6, 9, 7),)),
+    "same": replace(CONV, kernel_size=(4, 3), padding="same", dilation=(1, 2)).called_on(((2, 6, 9, 7),)),
+    "valid": replace(CONV, padding="valid").called_on(((2, 6, 9, 7),)),
+    "reflect": replace(CONV, padding_mode="reflect").called_on(((2, 6, 9, 7),)),
+    "replicate": replace(CONV, padding_mode="replicate", padding=(2, 1)).called_on(((2, 6, 9, 7),)),
+    "circular": replace(CONV, padding_mode="circular").called_on(((2, 6, 9, 7),)),
+    "conv1d": LayerSpec("c", "conv1d", 6, 8, (3,), (2,), (1,), dilation=(1,)).called_on(((2, 6, 9),)),
+    "conv3d": LayerSpec("c", "conv3d", 6, 8, (3, 1, 2), (1, 2, 1), (1, 0, 0), dilation=(1, 1, 1)).called_on(
+        ((2, 6, 5, 4, 3),)
+    ),
+    "rows": LINEAR.called_on(((4, 6),)),
+    "sequence": LINEAR.called_on(((2, 5, 6),)),
+}
+
+
+def run(piece: Piece) -> tuple[list[np.ndarray], Tensor]:
+    """Inputs drawn for a model, and its output."""
+    model = piece.model()
+    onnx.checker.check_model(onnx.load_from_string(model), full_check=True)
+    session = ort.InferenceSession(model, providers=["CPUExecutionProvider"])
+    rng = np.random.default_rng(0)
+    feed = {value.name: rng.standard_normal(value.shape).astype(np.float32) for value in session.get_inputs()}
+    (output,) = session.run(None, feed)
+    return list(feed.values()), torch.from_numpy(output)
+
+
+def reference(layers: tuple[LayerSpec, ...], value: Tensor) -> Tensor:
+    """The layers in torch, all weights and biases alike."""
+    with torch.no_grad():
+        for layer in layers:
+            value = build_layer(
+                layer, torch.full(layer.weight_shape, WEIGHT), torch.full((layer.out_channels,), WEIGHT)
+            )(value)
+    return value
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+@pytest.mark.parametrize("name", LAYERS)
+def test_it_computes_the_layer(name: str) -> None:
+    layer = LAYERS[name]
+    (x,), found = run(Piece((layer,), 0, ""))
+    assert tuple(x.shape) == layer.calls[0].input_shape
+    torch.testing.assert_close(found, reference((layer,), torch.from_numpy(x)), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", registry())
+def test_it_computes_every_chain(method: str) -> None:
+    layer = LINEAR.called_on(((4, 6),)) if method == "svd" else CONV
+    site, decomposition = Site.of(layer), registry()[method]
+    chain = decomposition.chain(site, decomposition.clamp(site, (2,) * len(decomposition.full_rank(site))))
+    (x,), found = run(Piece(chain, 0, ""))
+    torch.testing.assert_close(found, reference(chain, torch.from_numpy(x)), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("fused", ["relu", "add", "add_relu"])
+@pytest.mark.parametrize("name", ["conv", "conv1d", "sequence"])
+def test_what_follows_is_computed(name: str, fused: Fused) -> None:
+    layer = LAYERS[name]
+    arrays, found = run(Piece((layer,), 0, fused))
+    wanted = reference((layer,), torch.from_numpy(arrays[0]))
+    if "add" in fused:
+        wanted = wanted + torch.from_numpy(arrays[1])
+    torch.testing.assert_close(found, wanted.relu() if "relu" in fused else wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_weights_take_no_room() -> None:
+    big = replace(CONV, in_channels=512, out_channels=512).called_on(((1, 512, 7, 7),))
+    assert len(Piece((big,), 0, "add_relu").model()) < 1000
+
+
+def test_the_runtime_folds_the_weights(tmp_path: object) -> None:
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = f"{tmp_path}/optimized.onnx"
+    options.log_severity_level = 4
+    ort.InferenceSession(Piece((CONV,), 0, "relu").model(), options, providers=["CPUExecutionProvider"])
+    kinds = [node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node]
+    assert "ConstantOfShape" not in kinds and "Relu" not in kinds and len(kinds) <= 3
+
+
+def test_an_addition_is_fused(tmp_path: object) -> None:
+    layer = replace(CONV, in_channels=32, out_channels=32).called_on(((1, 32, 8, 8),))
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = f"{tmp_path}/optimized.onnx"
+    options.log_severity_level = 4
+    ort.InferenceSession(Piece((layer,), 0, "add_relu").model(), options, providers=["CPUExecutionProvider"])
+    kinds = [node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node]
+    assert "Add" not in kinds and "Relu" not in kinds
+
+
+def test_keys_tell_models_apart_and_names_do_not() -> None:
+    two = replace(CONV, calls=(CONV.calls[0], Call((1, 6, 4, 4), (1, 8, 4, 4))))
+    pieces = [
+        Piece((CONV,), 0, ""), Piece((CONV,), 0, "relu"), Piece((two,), 1, ""), Piece((CONV, LAYERS["valid"]), 0, ""),
+        *(Piece((layer,), 0, "") for name, layer in LAYERS.items() if name != "conv"),
+    ]  # fmt: skip
+    assert len({piece.key for piece in pieces}) == len({piece.model() for piece in pieces}) == len(pieces)
+    alike = Piece((replace(two, name="other", bias=True),), 0, "")
+    assert (alike.key, alike.model()) == (pieces[0].key, pieces[0].model())
+
+
+def test_each_call_has_its_shapes() -> None:
+    two = LINEAR.called_on(((4, 6), (3, 6)))
+    assert [run(Piece((two,), call, ""))[0][0].shape for call in (0, 1)] == [(4, 6), (3, 6)]

@@ -1,0 +1,429 @@
+"""Measured times in place of estimates, and networks that are timed before they are handed over."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+from torch import nn
+
+import tdfx
+from tdfx.errors import BudgetError, InputError, OptionError, PlanError
+from tdfx.latency import runner
+from tdfx.records.latency import LatencyTable, Measured, Runtime, Timing
+from tdfx.records.profile import Profile
+from tdfx.records.result import Result
+from tdfx.stages import guard as guard_stage
+from tdfx.stages.latency import measure_latency, scaled_chains, with_latency, write_latency_kit
+
+INPUT = torch.randn(1, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+
+
+@cache
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 3)
+    return nn.Sequential(*layers, nn.ReLU(), nn.Flatten(), nn.Linear(3200, 10)).eval()
+
+
+@cache
+def captured() -> tdfx.Capture:
+    return tdfx.capture(network(), INPUT)
+
+
+@cache
+def profiled() -> Profile:
+    return tdfx.profile(captured(), methods=["svd", "spatial_svd", "tucker2"], rank_multiple=4)
+
+
+def macs_of(model: bytes | str) -> int:
+    """Multiply-accumulates of a model's convolutions and matrix products, as a clock of these tests counts them."""
+    loaded = onnx.load(model) if isinstance(model, str) else onnx.load_from_string(model)
+    graph = onnx.shape_inference.infer_shapes(loaded).graph
+    values = (*graph.input, *graph.output, *graph.value_info)
+    shapes = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in values}
+    shapes |= {tensor.name: list(tensor.dims) for tensor in graph.initializer}
+    for node in graph.node:
+        if node.op_type == "ConstantOfShape":
+            (sizes,) = (onnx.numpy_helper.to_array(t) for t in graph.initializer if t.name == node.input[0])
+            shapes[node.output[0]] = sizes.tolist()
+    total = 0
+    for node in graph.node:
+        if node.op_type in ("Conv", "Gemm", "MatMul"):
+            weight, output = shapes[node.input[1]], shapes[node.output[0]]
+            positions = torch.Size(output).numel() // weight[0]
+            total += positions * torch.Size(weight).numel()
+    return total
+
+
+@pytest.fixture
+def timed(monkeypatch: pytest.MonkeyPatch) -> list[bytes | str]:
+    """What a machine of the tests' own has run."""
+    return simulate(monkeypatch)
+
+
+def simulate(monkeypatch: pytest.MonkeyPatch) -> list[bytes | str]:
+    """A machine that takes a microsecond for 1,000 multiply-accumulates and 2 for every model; what it has run."""
+    ran: list[bytes | str] = []
+    now = [0.0]
+
+    def session_run(model: bytes | str, runtime: Any) -> runner.Run:
+        seconds = 2e-6 + 1e-9 * macs_of(model)
+
+        def call() -> None:
+            now[0] += seconds
+
+        ran.append(model)
+        return call
+
+    interleaved = runner.interleaved
+    monkeypatch.setattr(runner, "session_run", session_run)
+    monkeypatch.setattr(
+        runner, "interleaved", lambda runs, **given: interleaved(runs, **{**given, "clock": lambda: now[0]})
+    )
+    return ran
+
+
+@cache
+def measured_once() -> LatencyTable:
+    with pytest.MonkeyPatch.context() as patch:
+        simulate(patch)
+        return measure_latency(captured(), profiled())
+
+
+@pytest.fixture
+def table() -> LatencyTable:
+    return measured_once()
+
+
+def test_every_candidate_has_its_time(table: LatencyTable) -> None:
+    found = table.by_candidate
+    for candidate in profiled().candidates:
+        wanted = 2e-6 + 1e-9 * candidate.cost.macs
+        assert found[candidate.site, candidate.method, candidate.rank] == pytest.approx(wanted, abs=1e-9)
+    assert table.network_s == pytest.approx(2e-6 + 1e-9 * profiled().before.macs, abs=1e-9)
+    assert len(table.rows) == len(profiled().candidates)
+
+
+def test_measured_times_take_the_place_of_estimates(table: LatencyTable) -> None:
+    found = with_latency(profiled(), table)
+    assert found.latency_source == "measured"
+    assert found.before.latency_s == pytest.approx(table.network_s, abs=1e-9)
+    dense = {c.site: c for c in found.candidates if c.is_dense}
+    whole = sum((c.cost for c in dense.values()), start=found.rest)
+    assert whole.latency_s == pytest.approx(table.network_s, abs=1e-8)
+    rows = table.by_candidate
+    for candidate in found.candidates:
+        latency_s, dense_s = candidate.cost.latency_s, dense[candidate.site].cost.latency_s
+        assert latency_s is not None and dense_s is not None
+        if latency_s > 0:  # differences are as measured, whatever is taken off for being timed alone
+            measured = rows[candidate.site, candidate.method, candidate.rank] - rows[candidate.site, "dense", ()]
+            assert latency_s - dense_s == pytest.approx(measured, abs=2e-9)
+        slower = not candidate.is_dense and latency_s > 0.98 * dense_s
+        assert ("slower than dense" in candidate.caveat) == slower
+    assert any(c.caveat for c in found.candidates) and any(not c.caveat for c in found.candidates)
+
+
+def test_what_layers_take_alone_is_no_more_than_the_network(table: LatencyTable) -> None:
+    quick = replace(table, network_s=0.95 * table.network_s)
+    found = with_latency(profiled(), quick)
+    assert found.rest.latency_s == 0
+    whole = sum((c.cost for c in found.candidates if c.is_dense), start=found.rest)
+    assert whole.latency_s == pytest.approx(quick.network_s, rel=1e-3)
+
+
+def test_a_latency_budget_is_kept_and_predicted(table: LatencyTable) -> None:
+    found = with_latency(profiled(), table)
+    for budget, most in (("latency=60%", 0.6 * table.network_s), ("latency=200us", 200e-6)):
+        chosen = tdfx.plan(found, budget)
+        assert chosen.after.latency_s is not None and chosen.after.latency_s <= most
+        result = tdfx.apply(network(), INPUT, chosen)
+        assert (result.after.latency_s, result.plan.after) == (chosen.after.latency_s, chosen.after)
+        assert result.plan.candidates[0].cost == chosen.candidates[0].cost
+        assert "measured" in str(result.report)
+
+
+def test_latency_joins_other_limits(table: LatencyTable) -> None:
+    chosen = tdfx.plan(with_latency(profiled(), table), "latency=80%,params=50%")
+    assert chosen.after.latency_s is not None and chosen.after.latency_s <= 0.8 * table.network_s
+    assert chosen.after.params <= 0.5 * chosen.before.params
+
+
+def test_an_unreachable_latency_says_how_far_one_gets(table: LatencyTable) -> None:
+    with pytest.raises(BudgetError, match=r"latency: asked 0.001 ms, least reachable on its own 0\.\d+ ms"):
+        tdfx.plan(with_latency(profiled(), table), "latency=1us")
+
+
+def test_the_guard_offers_nothing_slower(table: LatencyTable) -> None:
+    slow = replace(table, rows=tuple(row if not row.rank else replace(row, latency_s=1.0) for row in table.rows))
+    found = with_latency(profiled(), slow)
+    assert tdfx.plan(found, "flops=60%").after.flops <= 0.6 * found.before.flops
+    with pytest.raises(BudgetError, match=r"lift the guard.*faster than these layers as they are: 0, 2, 4, 7"):
+        tdfx.plan(found, "flops=60%", slower=False)
+
+
+def test_times_are_kept_between_runs(timed: list[bytes | str], tmp_path: Path) -> None:
+    first = measure_latency(captured(), profiled(), cache_dir=tmp_path)
+    number = len(timed)
+    assert measure_latency(captured(), profiled(), cache_dir=tmp_path) == first
+    assert len(timed) - number == 1 + len({row.site for row in first.rows})  # the network and its layers
+    measure_latency(captured(), profiled(), cache_dir=tmp_path, runtime=Runtime(threads=2))
+    assert len(timed) - number > number
+
+
+def test_a_run_that_was_stopped_goes_on(
+    timed: list[bytes | str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(description: str, done: int, total: int) -> None:
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        measure_latency(captured(), profiled(), cache_dir=tmp_path, progress=stop)
+    before = {model for model in timed if isinstance(model, bytes)}
+    timed.clear()
+    measure_latency(captured(), profiled(), cache_dir=tmp_path)
+    layers = 4
+    assert len({model for model in timed if isinstance(model, bytes)} & before) <= layers
+    assert len(before) > layers
+
+
+def test_a_broken_cache_is_measured_anew(timed: list[bytes | str], tmp_path: Path) -> None:
+    first = measure_latency(captured(), profiled(), cache_dir=tmp_path)
+    (kept,) = tmp_path.glob("latency-*.json")
+    for text in ("{", "[]", '{"a": {"b": "c"}}'):
+        kept.write_text(text)
+        assert measure_latency(captured(), profiled(), cache_dir=tmp_path) == first
+
+
+def test_alike_layers_are_timed_once(timed: list[bytes | str]) -> None:
+    twins = nn.Sequential(*(nn.Conv2d(16, 16, 3, padding=1) for _ in range(3))).eval()
+    example = torch.randn(1, 16, 8, 8)
+    found = tdfx.capture(twins, example)
+    measure_latency(found, tdfx.profile(found, methods=["spatial_svd"]))
+    chains = [model for model in timed if isinstance(model, bytes)]
+    assert len(set(chains)) == len(chains) - 1  # the layer itself again, beside the network
+
+
+def test_a_layer_called_twice_is_timed_for_both(timed: list[bytes | str]) -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(16, 16, 3, padding=1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.conv(nn.functional.max_pool2d(self.conv(x), 2))
+
+    found = tdfx.capture(Twice().eval(), torch.randn(1, 16, 8, 8))
+    profile = tdfx.profile(found, methods=["spatial_svd"])
+    rows = measure_latency(found, profile).by_candidate
+    for candidate in profile.candidates:
+        wanted = 2 * 2e-6 + 1e-9 * candidate.cost.macs
+        assert rows[candidate.site, candidate.method, candidate.rank] == pytest.approx(wanted, abs=1e-9)
+
+
+def test_ruled_profiles_are_timed_against_their_layers(timed: list[bytes | str]) -> None:
+    profile = tdfx.profile(captured(), methods=["spatial_svd"], ranks="ratio=0.3")
+    table = measure_latency(captured(), profile)
+    assert {row.site for row in table.rows if row.method == "dense"} == {site.name for site in profile.sites}
+    assert with_latency(profile, table).before.latency_s == pytest.approx(table.network_s, abs=1e-9)
+
+
+# --- what does not fit ---
+
+
+def test_tables_of_other_networks_are_refused(table: LatencyTable) -> None:
+    with pytest.raises(PlanError, match="of another network"):
+        with_latency(replace(profiled(), structure="other"), table)
+    with pytest.raises(PlanError, match="no time of spatial_svd 4 at 2; measure this profile"):
+        kept = [row for row in table.rows if (row.site, row.method, row.rank) != ("2", "spatial_svd", (4,))]
+        with_latency(profiled(), replace(table, rows=tuple(kept)))
+    with pytest.raises(PlanError, match="no time of 2 as it is"):
+        kept = [row for row in table.rows if row.site != "2" or row.rank]
+        with_latency(profiled(), replace(table, rows=tuple(kept)))
+    with pytest.raises(PlanError, match="of another structure"):
+        measure_latency(captured(), replace(profiled(), structure="other"))
+
+
+def test_layers_that_are_not_float32_are_refused() -> None:
+    found = tdfx.capture(nn.Sequential(nn.Linear(64, 64)).double().eval(), torch.randn(2, 64, dtype=torch.float64))
+    with pytest.raises(OptionError, match="layer 0 is float64; latency is measured in float32 only"):
+        measure_latency(found, tdfx.profile(found))
+
+
+def test_tables_are_read_back(table: LatencyTable) -> None:
+    assert LatencyTable.from_json(table.to_json()) == table
+    assert "whole network" in str(table)
+    with pytest.raises(PlanError, match="latency table"):
+        LatencyTable.from_json("{}")
+    with pytest.raises(PlanError, match="two times"):
+        replace(table, rows=(*table.rows, table.rows[0]))
+
+
+@pytest.mark.parametrize("threads", [0, -1, 1.5, True, None])
+def test_threads_are_a_number(threads: Any) -> None:
+    with pytest.raises(OptionError, match="threads is"):
+        Runtime(threads=threads)
+
+
+# --- devices ---
+
+
+def test_a_kit_runs_without_torch(tmp_path: Path) -> None:
+    folder = write_latency_kit(captured(), profiled(), tmp_path / "kit")
+    assert sum(path.stat().st_size for path in (folder / "models").iterdir()) < 1000 * len(profiled().candidates)
+    python = os.environ.get("TDFX_DEVICE_PYTHON", sys.executable)
+    script = (
+        "import runpy, sys; sys.modules.update(torch=None, onnx=None, tdfx=None, scipy=None); "
+        f"sys.argv = ['run.py', '--seconds', '0']; runpy.run_path({str(folder / 'run.py')!r}, run_name='__main__')"
+    )
+    subprocess.run([python, "-W", "error", "-c", script], check=True, cwd=tmp_path, capture_output=True)
+    table = LatencyTable.from_json((folder / "latency.json").read_text())
+    assert table.structure == profiled().structure
+    assert len(table.rows) == len(profiled().candidates)
+    assert all(row.latency_s > 0 for row in table.rows)
+    assert tdfx.plan(with_latency(profiled(), table), "flops=70%").latency_source == "measured"
+
+
+def test_kits_need_a_new_folder(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("mine")
+    with pytest.raises(InputError, match="is not empty"):
+        write_latency_kit(captured(), profiled(), tmp_path)
+    with pytest.raises(InputError, match="cannot make"):
+        write_latency_kit(captured(), profiled(), tmp_path / "mine")
+
+
+# --- timed before they are handed over ---
+
+
+Ratios = Callable[[list[float]], list[float]]
+
+
+@pytest.fixture
+def ratios(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
+    """How the next networks' times compare with what was predicted."""
+    factors: list[float] = []
+
+    def timed(captured: object, result: Result, runtime: Runtime) -> Measured:
+        before, after = result.plan.before.latency_s, result.plan.after.latency_s
+        assert before is not None and after is not None
+        factor = factors.pop(0)
+        return guard_stage.measured_of([before] * 5, [factor * after] * 5, result.plan, runtime)
+
+    monkeypatch.setattr(guard_stage, "time_against_original", timed)
+    yield factors
+    assert not factors
+
+
+def compress(budget: str, **options: Any) -> Result:
+    return tdfx.compress(
+        network(), INPUT, budget=budget, methods=["svd", "spatial_svd", "tucker2"], rank_multiple=4, **options
+    )
+
+
+def test_a_network_in_time_is_returned_at_once(timed: list[bytes | str], ratios: list[float]) -> None:
+    ratios[:] = [1.05]
+    result = compress("latency=60%")
+    measured = result.report.measured
+    assert measured is not None and measured.plans == 1
+    assert measured.ratio == pytest.approx(1.05 * measured.predicted_ratio)
+    assert measured.predicted_ratio <= 0.6
+    assert result.plan.latency_source == "measured"
+    assert not [note for note in result.report.notes if "latency" in note]
+    assert "measured" in str(result.report) and "predicted" in str(result.report)
+    assert tdfx.Report.from_json(result.report.to_json()) == result.report
+
+
+def test_a_network_that_misses_is_planned_anew(timed: list[bytes | str], ratios: list[float]) -> None:
+    ratios[:] = [1.3, 1.0]
+    result = compress("latency=60%")
+    assert result.report.measured is not None and result.report.measured.plans == 2
+    first = tdfx.plan(with_latency(profiled(), measured_once()), "latency=60%")
+    assert result.after.flops < first.after.flops
+
+
+def test_after_three_plans_the_user_is_told(timed: list[bytes | str], ratios: list[float]) -> None:
+    ratios[:] = [1.3, 1.3, 1.3]
+    with pytest.warns(UserWarning, match=r"asked 60.0% of the original's time, measured \d+.\d%; 3 plans"):
+        result = compress("latency=60%")
+    assert any("3 plans were made" in note for note in result.report.notes)
+
+
+def test_a_guarded_network_is_faster_or_refused(timed: list[bytes | str], ratios: list[float]) -> None:
+    ratios[:] = [1.9, 1.0]
+    result = compress("flops=60%", guard="measured")
+    assert result.report.measured is not None and result.report.measured.ratio < 0.98
+    assert result.after.flops <= 0.6 * result.before.flops
+    ratios[:] = [1.9, 1.9, 1.9]
+    with pytest.raises(BudgetError, match="not reachable with the guard"):
+        compress("flops=60%", guard="measured")
+
+
+def test_without_the_guard_nothing_is_timed(timed: list[bytes | str], ratios: list[float]) -> None:
+    result = compress("flops=60%")
+    assert not timed and result.report.measured is None and result.plan.latency_source == "estimated"
+
+
+def test_a_table_of_another_device_is_planned_with(timed: list[bytes | str], ratios: list[float]) -> None:
+    table = measured_once()
+    result = compress("latency=60%", latency=table)
+    assert result.report.measured is None and result.plan.latency_source == "measured"
+    assert result.after.latency_s is not None and result.after.latency_s <= 0.6 * table.network_s
+
+
+def test_a_network_left_as_it_is_passes_the_guard(timed: list[bytes | str], ratios: list[float]) -> None:
+    ratios[:] = [1.0]
+    result = compress("flops=100%", guard="measured")
+    assert all(candidate.is_dense for candidate in result.plan.candidates)
+
+
+def test_an_unknown_guard_is_refused() -> None:
+    with pytest.raises(OptionError, match="guard is 'on'; expected one of 'estimated', 'measured'"):
+        compress("flops=60%", guard="on")
+
+
+def test_the_factor_makes_the_last_network_predicted(table: LatencyTable) -> None:
+    found = with_latency(profiled(), table)
+    chosen = tdfx.plan(found, "latency=60%")
+    assert chosen.before.latency_s is not None
+    scaled = scaled_chains(found, chosen, 0.72)
+    by_candidate = {(c.site, c.method, c.rank): c.cost for c in scaled.candidates}
+    again = sum((by_candidate[c.site, c.method, c.rank] for c in chosen.candidates), start=scaled.rest)
+    assert again.latency_s == pytest.approx(0.72 * chosen.before.latency_s, rel=1e-4)
+    dense = tdfx.plan(found, "latency=100%")
+    assert scaled_chains(found, dense, 1.5) == found
+
+
+def test_a_real_measurement_end_to_end(tmp_path: Path) -> None:
+    result = compress("latency=90%", cache_dir=tmp_path)
+    measured = result.report.measured
+    assert measured is not None and min(measured.original_s, measured.compressed_s, measured.ratio) > 0
+    assert measured.quartiles[0] <= measured.ratio <= measured.quartiles[1]
+    assert result.plan.latency_source == "measured"
+
+
+def test_the_grid_is_measured_where_it_is_not_given(
+    timed: list[bytes | str], ratios: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tdfx.stages.compress.measured_rank_grid", lambda runtime, cache_dir: 8)
+    ratios[:] = [1.0]
+    assert tdfx.compress(network(), INPUT, budget="latency=60%", methods=["spatial_svd"]).plan.rank_multiple == 8
+
+
+def test_rows_are_named() -> None:
+    assert Timing("a", "svd", (3,), 1e-3).site == "a"
+    assert json.loads(json.dumps(Runtime(2).as_dict())) == {
+        "threads": 2,
+        "provider": "CPUExecutionProvider",
+        "config": {},
+    }
