@@ -4,13 +4,16 @@
 uncentred second moment of its input, the energy kept is normalised by layer, and ranks come from a Lagrangian
 relaxation of the FLOPs budget; biases are not corrected. A convolution becomes a k x k one and a 1 x 1 one.
 
-The extra ``peers`` installs the others.
+The extra ``peers`` installs the others but for AIMET (``pip install aimet-torch``), which asks for torchvision.
 """
 
 from __future__ import annotations
 
 import copy
+import tempfile
 import warnings
+from decimal import Decimal
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -122,6 +125,55 @@ def uniform_rank(model: nn.Module, example: Tensor, share: float, factorization:
         warnings.simplefilter("ignore")  # Tucker ranks above a mode's size are cut to it
         network = factorized(low, decompose=True)
     return network, _macs(network, example) / total
+
+
+def greedy_spatial_svd(model: nn.Module, example: Tensor, calibration: Tensor, share: float) -> tuple[nn.Module, float]:
+    """AIMET's spatial SVD, ratios by its greedy selection; score: classes that agree with the network's own.
+
+    Args:
+        model: the network; its first convolution is left as it is.
+        example: an input, for counting.
+        calibration: images that candidates are scored on.
+        share: of the multiply-accumulates.
+    """
+    _define_torchvision_operators()
+    from contextlib import chdir  # of Python 3.11
+
+    from aimet_torch.common.defs import CompressionScheme, CostMetric, GreedySelectionParameters
+    from aimet_torch.compress import ModelCompressor
+    from aimet_torch.defs import SpatialSvdParameters
+
+    with torch.no_grad():
+        classes = torch.cat([model(batch).argmax(1) for batch in calibration.split(256)])
+
+    def agreement(network: nn.Module, iterations: int | None, use_cuda: bool = False) -> float:
+        with torch.no_grad():
+            found = torch.cat([network.eval()(batch).argmax(1) for batch in calibration.split(256)])
+        return float((found == classes).float().mean())
+
+    first = next(layer for layer in model.modules() if isinstance(layer, nn.Conv2d))
+    greedy = GreedySelectionParameters(target_comp_ratio=Decimal(str(share)), num_comp_ratio_candidates=10)
+    mode = SpatialSvdParameters.AutoModeParams(greedy, modules_to_ignore=[first])
+    with tempfile.TemporaryDirectory() as folder, chdir(folder):  # where AIMET writes its data
+        network, _ = ModelCompressor.compress_model(
+            model,
+            agreement,
+            None,
+            (1, *example.shape[1:]),
+            CompressionScheme.spatial_svd,
+            CostMetric.mac,
+            SpatialSvdParameters(SpatialSvdParameters.Mode.auto, mode),
+        )
+    return network.eval(), _macs(network, example) / _macs(model, example)
+
+
+@cache
+def _define_torchvision_operators() -> torch.library.Library:
+    """What torchvision misses beside a build of torch that its own operators were not built for."""
+    library = torch.library.Library("torchvision", "DEF")
+    library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    return library
 
 
 def pruned(model: nn.Module, example: Tensor, share: float) -> tuple[nn.Module, float]:

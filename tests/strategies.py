@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from layers import dtype_of
 from torch import Tensor
 
-from tdfx.budget import RESOURCES
+from tdfx.budget import LATENCY, RESOURCES
 from tdfx.decompositions import als
 from tdfx.decompositions.base import Decomposition
 from tdfx.records.layer import ITEMSIZE, LayerSpec, Rank, Shape, Site
@@ -190,8 +190,8 @@ def draw_network(choice: random.Random) -> Description:
 
 
 def draw_budget(choice: random.Random) -> str:
-    """Shares of one or two resources."""
-    resources = choice.sample(sorted(RESOURCES), choice.randint(1, 2))
+    """Shares of one or two resources that are counted."""
+    resources = choice.sample(sorted({*RESOURCES} - {LATENCY}), choice.randint(1, 2))
     return ",".join(f"{resource}={choice.randint(25, 100)}%" for resource in resources)
 
 

@@ -20,7 +20,7 @@ from strategies import NETWORK_COUNT, draw_budget, draw_network, draw_options, r
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from tdfx.budget import RESOURCES, Budget
+from tdfx.budget import LATENCY, RESOURCES, Budget
 from tdfx.decompositions import registry
 from tdfx.errors import BudgetError
 from tdfx.onnx_export import export_onnx
@@ -100,7 +100,7 @@ def counted(module: nn.Module, x: Tensor) -> Cost:
 
 
 def amounts(cost: Cost) -> dict[str, int]:
-    return {name: amount(cost) for name, amount in RESOURCES.items()}
+    return {name: amount(cost) for name, amount in RESOURCES.items() if name != LATENCY}
 
 
 def check_cost(model: nn.Module, x: Tensor, budget: str, result: Result) -> None:
