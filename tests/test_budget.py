@@ -53,7 +53,7 @@ def test_parse(text: str, limits: list[tuple[str, str, bool]]) -> None:
         "bytes=4004B",
         "macs=1.5M",
         "latency=12ms",
-        "latency=800us",
+        "latency=825us",
         "latency=1.5s",
         "latency=50%",
     ],

@@ -165,7 +165,7 @@ def test_a_grid_of_ones_own(multiple: int) -> None:
         ({"seed": -1}, "seed is -1; expected a whole number from 0 to"),
         ({"seed": "1"}, "seed is '1'"),
         ({"seed": True}, "seed is True"),
-        ({"target": "gpu"}, "target is 'gpu', expected one of 'ort-cpu' or None"),
+        ({"target": "gpu"}, "target is 'gpu', expected one of 'ort-cpu', a file of tdfx latency-fit, or None"),
         ({"ranks": "vmbf", "methods": "svd"}, "ranks is 'vmbf': unknown rule 'vmbf'; did you mean 'vbmf'"),
         ({"ranks": "vbmf"}, "methods names svd, spatial_svd, tucker2; expected exactly one method with ranks"),
         ({"metric": "los"}, "unknown metric 'los'"),
