@@ -96,7 +96,9 @@ def measured_rows(
         try:
             result = make()
         except tdfx.BudgetError as error:
-            return str(multiple), asked, "-", "-", "-", "-", "-", f"not reachable: {error}"
+            least = error.least.get("latency")
+            share = "" if least is None else f" (least {1e-9 * least / table.network_s:.1%})"
+            return str(multiple), asked, "-", "-", "-", "-", "-", f"not reachable{share}"
         measured = result.report.measured
         assert measured is not None
         left = sum(candidate.is_dense for candidate in result.plan.candidates)
