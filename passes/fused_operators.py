@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass
 
 import torch
@@ -10,10 +9,10 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from tdfx.passes.base import AnalysisPass
+from tdfx.passes.input_means import ADDITIONS
 from tdfx.passes.shape_prop import TensorMeta
 from tdfx.records.layer import Fused, Site
 
-ADDS = (operator.add, operator.iadd, torch.add, "add", "add_")
 RELUS = (F.relu, torch.relu, torch.relu_, "relu", "relu_")
 
 
@@ -49,7 +48,7 @@ class FusedOperators(AnalysisPass[dict[str, tuple[Fused, ...]]]):
 
     def _is_add(self, node: fx.Node) -> bool:
         """Whether it is a sum of two tensors of the same shape."""
-        if node.op not in ("call_function", "call_method") or node.target not in ADDS:
+        if node.op not in ("call_function", "call_method") or node.target not in ADDITIONS:
             return False
         terms = [term for term in node.args if isinstance(term, fx.Node)]
         shapes = {self.metas[term.name].shape for term in terms if term.name in self.metas}

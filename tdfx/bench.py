@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import onnxruntime as ort
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -19,7 +20,7 @@ from tdfx.contained import reason
 from tdfx.errors import InputError, OptionError
 from tdfx.inputs import Inputs, as_args, as_kwargs
 from tdfx.loading import draw_inputs
-from tdfx.parity import TINY
+from tdfx.parity import differences
 from tdfx.records.inputs import InputSpec
 from tdfx.tables import align, seconds
 from tdfx.timing import interleaved_times, open_session
@@ -257,7 +258,7 @@ def _row(
 ) -> BenchRow:
     lower, middle, upper = np.quantile(first / times, (0.25, 0.5, 0.75)).tolist()
     mismatch = _mismatch(wanted, outputs)
-    difference = None if mismatch else max(map(_difference, wanted, outputs), default=0.0)
+    difference = None if mismatch else max(map(_relative_difference, wanted, outputs), default=0.0)
     return BenchRow(str(path), float(np.median(times)), middle, (lower, upper), difference, mismatch)
 
 
@@ -274,7 +275,5 @@ def _mismatch(wanted: list[Any], found: list[Any]) -> str:
     return ""
 
 
-def _difference(wanted: NDArray[Any], found: NDArray[Any]) -> float:
-    a, b = wanted.astype(np.float64), found.astype(np.float64)
-    scale = float(np.abs(a).max(initial=0.0))
-    return float(np.abs(a - b).max(initial=0.0)) / max(scale, TINY)
+def _relative_difference(wanted: NDArray[Any], found: NDArray[Any]) -> float:
+    return differences(torch.tensor(wanted), torch.tensor(found))[1]

@@ -59,6 +59,12 @@ def compare(session: Any, inputs: Sequence[Tensor], wanted: list[Tensor], rtol: 
     return [_parity(*output, rtol) for output in zip(names, wanted, found, strict=True)]
 
 
+def differences(wanted: Tensor, found: Tensor) -> tuple[float, float]:
+    """Largest absolute difference, and that divided by the largest magnitude wanted; finite numbers of one shape."""
+    absolute = _largest(wanted.double() - found.double())
+    return absolute, absolute / max(_largest(wanted), TINY)
+
+
 def _parity(name: str, wanted: Tensor, found: Any, rtol: float) -> OutputParity:
     a, b = wanted.detach().cpu(), torch.tensor(np.asarray(found))
     if (a.shape, a.dtype) != (b.shape, b.dtype):
@@ -69,8 +75,7 @@ def _parity(name: str, wanted: Tensor, found: Any, rtol: float) -> OutputParity:
         if not values.isfinite().all():
             raise VerificationError(f"output {name!r} holds NaN or Inf in {where}; {OTHER_EXAMPLE}")
     exact = not a.is_floating_point()
-    scale, difference = _largest(a), _largest(a.double() - b.double())
-    relative = difference / max(scale, TINY)
+    scale, (difference, relative) = _largest(a), differences(a, b)
     amounts = {"max_abs_diff": difference, "max_rel_diff": relative}
     if not exact and scale < LEAST_OUTPUT:
         raise VerificationError(

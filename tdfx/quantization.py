@@ -19,7 +19,7 @@ from tdfx.contained import failing_as, quiet
 from tdfx.data import Batch, fitted
 from tdfx.equalization import Feed, channel_ranges, equalize, pairs
 from tdfx.errors import InputError, OptionError, VerificationError
-from tdfx.parity import TINY, session_options
+from tdfx.parity import TINY, differences, session_options
 from tdfx.replay import Replay
 
 INT8 = "int8"
@@ -281,9 +281,7 @@ def _differences(
 def _difference(name: str, wanted: Tensor, found: Tensor, rtol: float | None) -> QuantizedOutput:
     if not found.isfinite().all():
         raise VerificationError(f"output {name!r} of the int8 file holds NaN or Inf; {HINT}")
-    a, error = wanted.double(), found.double() - wanted.double()
-    largest = float(error.abs().max()) if error.numel() else 0.0
-    relative = largest / max(float(a.abs().max()) if a.numel() else 0.0, TINY)
+    largest, relative = differences(wanted, found)
     if rtol is not None and wanted.is_floating_point() and relative > rtol:
         raise VerificationError(
             f"output {name!r} of the int8 file differs from the network's by {relative:.3g} of its largest magnitude "
@@ -291,5 +289,6 @@ def _difference(name: str, wanted: Tensor, found: Tensor, rtol: float | None) ->
             max_abs_diff=largest,
             max_rel_diff=relative,
         )
-    norm = float(torch.linalg.vector_norm(error)) / max(float(torch.linalg.vector_norm(a)), TINY)
+    a, b = wanted.double(), found.double()
+    norm = float(torch.linalg.vector_norm(b - a)) / max(float(torch.linalg.vector_norm(a)), TINY)
     return QuantizedOutput(name, relative, norm)

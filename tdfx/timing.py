@@ -10,39 +10,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 from numpy.typing import NDArray
+
+from tdfx.latency import runner
 
 WARM_UP = 5  # runs of each that are not counted: the first ones allocate
 
 
 def open_session(file: Path, threads: int = 1) -> Any:
     """An ONNX Runtime session on the CPU with this many intra-op threads."""
-    options = ort.SessionOptions()
-    options.log_severity_level = 4  # errors come as exceptions
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    return ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    return runner.open_session(str(file), {"threads": threads, "provider": "CPUExecutionProvider"})
 
 
 def interleaved_times(runs: Sequence[Callable[[], object]], *, rounds: int) -> NDArray[np.float64]:
     """Seconds of each run in each round, (rounds, runs), after rounds that are not counted.
 
-    In every round each runs once, every other round in reverse, so that whatever slows the machine down meets all
-    of them alike.
-
     Args:
         runs: what takes turns.
         rounds: how often each is timed.
     """
-    times = np.zeros((WARM_UP + rounds, len(runs)))
-    order = list(range(len(runs)))
-    for turn in range(len(times)):
-        for index in order if turn % 2 else reversed(order):
-            started = time.perf_counter()
-            runs[index]()
-            times[turn, index] = time.perf_counter() - started
-    return times[WARM_UP:]
+    times = runner.interleaved(runs, rounds=(rounds, rounds), warm_up=WARM_UP, clock=time.perf_counter)
+    return np.array(times).T
 
 
 def interleaved_medians(

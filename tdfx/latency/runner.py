@@ -43,7 +43,12 @@ Clock = Callable[[], float]
 
 
 def interleaved(
-    runs: Sequence[Run], *, rounds: tuple[int, int] = ROUNDS, seconds: float = SECONDS, clock: Clock = time.perf_counter
+    runs: Sequence[Run],
+    *,
+    rounds: tuple[int, int] = ROUNDS,
+    warm_up: int = WARM_UP,
+    seconds: float = SECONDS,
+    clock: Clock = time.perf_counter,
 ) -> list[list[float]]:
     """Seconds of every timed call of each run, in rounds in which each is called once, every other one in reverse.
 
@@ -53,35 +58,40 @@ def interleaved(
     times: list[list[float]] = [[] for _ in runs]
     order = list(range(len(runs)))
     started, wanted, done = 0.0, rounds[0], 0
-    while done < WARM_UP + wanted:
-        if done == WARM_UP:
+    while done < warm_up + wanted:
+        if done == warm_up:
             started = clock()
         for index in order if done % 2 else reversed(order):
             before = clock()
             runs[index]()
             times[index].append(clock() - before)
         done += 1
-        if done == WARM_UP + 1:
+        if done == warm_up + 1:
             wanted = min(max(rounds[0], int(seconds * len(runs) / max(clock() - started, 1e-9))), rounds[1])
-    return [values[WARM_UP:] for values in times]
+    return [values[warm_up:] for values in times]
 
 
-def session_run(model: bytes | str, runtime: Mapping[str, Any]) -> Run:
-    """A function that runs an ONNX model, a file's path or its bytes, once on inputs drawn for it.
+def open_session(model: bytes | str, runtime: Mapping[str, Any]) -> Any:
+    """An ONNX Runtime session.
 
     Args:
-        model: the model; open dimensions are taken for 1.
+        model: a file's path, or its bytes.
         runtime: "threads" (intra-op), "provider", and "config", entries of the session's configuration.
     """
     import onnxruntime as ort
 
     options = ort.SessionOptions()
-    options.log_severity_level = 4
+    options.log_severity_level = 4  # errors come as exceptions
     options.intra_op_num_threads = runtime["threads"]
     options.inter_op_num_threads = 1
     for key, value in runtime.get("config", {}).items():
         options.add_session_config_entry(key, value)
-    session = ort.InferenceSession(model, options, providers=[runtime["provider"]])
+    return ort.InferenceSession(model, options, providers=[runtime["provider"]])
+
+
+def session_run(model: bytes | str, runtime: Mapping[str, Any]) -> Run:
+    """A function that runs a model once on inputs drawn for it, open dimensions taken for 1; see ``open_session``."""
+    session = open_session(model, runtime)
     generator = np.random.default_rng(0)
     feed = {value.name: _draw(generator, value) for value in session.get_inputs()}
     return lambda: session.run(None, feed)
@@ -158,7 +168,7 @@ def measure(
             the layer and of the chain, one for every call; "structure", a fingerprint.
         network: the whole network's model.
         load: gives a model by its key.
-        runtime: as for ``session_run``.
+        runtime: as for ``open_session``.
         ratios: known ones by key of the layer and of the chain; those measured are added.
         keep: called after each group, or part of one.
         progress: called with groups done, and groups in all.

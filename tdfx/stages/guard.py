@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 from statistics import median, quantiles
@@ -19,7 +18,7 @@ from tdfx.records.plan import ESTIMATED, MEASURED, Plan
 from tdfx.records.profile import Profile
 from tdfx.records.result import Result
 from tdfx.stages.apply import carry_out
-from tdfx.stages.latency import FASTER, NETWORK, scaled_chains
+from tdfx.stages.latency import FASTER, original_file, scaled_chains
 from tdfx.stages.plan import plan
 
 MOST_PLANS = 3
@@ -70,15 +69,16 @@ def carry_out_measured(
     Raises:
         BudgetError: not reachable; with the guard also where every network within the budget is slower.
     """
-    for plans in range(1, MOST_PLANS + 1):
-        chosen = plan(profile, budget, planner=planner, slower=guard != MEASURED)
-        result = carry_out(captured, chosen, moments=moments, verify=verify)
-        measured = replace(time_against_original(captured, result, runtime), plans=plans)
-        missed = _missed(chosen, budget, measured, guard)
-        if not missed or budget is None:  # a rank rule leaves nothing to plan anew
-            break
-        if plans < MOST_PLANS:
-            profile = scaled_chains(profile, chosen, measured.ratio)
+    with original_file(captured) as original:
+        for plans in range(1, MOST_PLANS + 1):
+            chosen = plan(profile, budget, planner=planner, slower=guard != MEASURED)
+            result = carry_out(captured, chosen, moments=moments, verify=verify)
+            measured = replace(time_against_original(captured, original, result, runtime), plans=plans)
+            missed = _missed(chosen, budget, measured, guard)
+            if not missed or budget is None:  # a rank rule leaves nothing to plan anew
+                break
+            if plans < MOST_PLANS:
+                profile = scaled_chains(profile, chosen, measured.ratio)
     if missed and guard == MEASURED and measured.ratio > FASTER:
         raise BudgetError(
             f"budget {chosen.budget} is not reachable with the guard: the last of {MOST_PLANS} networks within it "
@@ -95,22 +95,21 @@ def carry_out_measured(
 
 def with_time(captured: Capture, result: Result, runtime: Runtime) -> Result:
     """A result whose report says how long it takes, beside the original."""
-    measured = time_against_original(captured, result, runtime)
+    with original_file(captured) as original:
+        measured = time_against_original(captured, original, result, runtime)
     return replace(result, report=replace(result.report, measured=measured))
 
 
-def time_against_original(captured: Capture, result: Result, runtime: Runtime) -> Measured:
-    """Seconds of the original and of a result in ONNX Runtime, in turn.
+def time_against_original(captured: Capture, original: Path, result: Result, runtime: Runtime) -> Measured:
+    """Seconds of the original's ONNX file and of a result in ONNX Runtime, in turn.
 
     Raises:
         ExportError, VerificationError: as for ``export_onnx``.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        paths = [Path(folder) / name for name in (NETWORK, "compressed.onnx")]
-        for module, path in zip((captured.module, result.module), paths, strict=True):
-            export_onnx(module, path, captured.args, captured.kwargs, dynamic=None)
-        original, compressed = runner.network_times([str(path) for path in paths], runtime.as_dict())
-    return measured_of(original, compressed, result.plan, runtime)
+    path = original.with_name("compressed.onnx")
+    export_onnx(result.module, path, captured.args, captured.kwargs, dynamic=None)
+    before, after = runner.network_times([str(original), str(path)], runtime.as_dict())
+    return measured_of(before, after, result.plan, runtime)
 
 
 def measured_of(original: list[float], compressed: list[float], chosen: Plan, runtime: Runtime) -> Measured:

@@ -6,8 +6,8 @@ import json
 import math
 import shutil
 import tempfile
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -66,9 +66,7 @@ def measure_latency(
     kit = _kit(captured, profile)
     header = {"runtime": runtime.as_dict(), "host": runner.host()}
     kept = _Kept(cache_dir, header)
-    with tempfile.TemporaryDirectory() as folder, reporter(progress) as report:
-        network = Path(folder) / NETWORK
-        export_onnx(captured.module, network, captured.args, captured.kwargs, dynamic=None)
+    with original_file(captured) as network, reporter(progress) as report:
         measured = runner.measure(
             kit.listing,
             str(network),
@@ -80,6 +78,19 @@ def measure_latency(
         )
     rows = tuple(Timing(**{**row, "rank": tuple(row["rank"])}) for row in measured["rows"])
     return LatencyTable(runtime, header["host"], measured["structure"], measured["network_s"], rows)
+
+
+@contextmanager
+def original_file(captured: Capture) -> Iterator[Path]:
+    """The network as given, as an ONNX file in a temporary folder, for inputs of the example's shapes.
+
+    Raises:
+        ExportError, VerificationError: as for ``export_onnx``.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / NETWORK
+        export_onnx(captured.module, path, captured.args, captured.kwargs, dynamic=None)
+        yield path
 
 
 def measured_rank_grid(runtime: Runtime, cache_dir: str | Path | None = None) -> int:

@@ -314,7 +314,7 @@ def ratios(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
     """How the next networks' times compare with what was predicted."""
     factors: list[float] = []
 
-    def timed(captured: object, result: Result, runtime: Runtime) -> Measured:
+    def timed(captured: object, original: Path, result: Result, runtime: Runtime) -> Measured:
         before, after = result.plan.before.latency_s, result.plan.after.latency_s
         assert before is not None and after is not None
         factor = factors.pop(0)
