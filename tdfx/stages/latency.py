@@ -240,10 +240,11 @@ def _ratios(text: str) -> dict[str, dict[str, float]]:
 
 
 class _Kept:
-    """Ratios of a processor, versions and options, in one file of the cache."""
+    """Ratios of a processor, versions, options and the code that takes them, in one file of the cache."""
 
     def __init__(self, cache_dir: str | Path | None, header: Mapping[str, Any]) -> None:
-        digest = sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()[:24]
+        key = [sources_digest("tdfx.latency"), header]
+        digest = sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
         self.path = None if cache_dir is None else Path(cache_dir) / f"latency-{digest}.json"
         self.ratios: dict[str, dict[str, float]] = {}
         if self.path is not None and self.path.exists():

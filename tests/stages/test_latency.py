@@ -181,6 +181,16 @@ def test_times_are_kept_between_runs(timed: list[bytes | str], tmp_path: Path) -
     assert len(timed) - number > number
 
 
+def test_times_that_other_code_took_are_not_used(
+    timed: list[bytes | str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure_latency(captured(), profiled(), cache_dir=tmp_path)
+    number = len(timed)
+    monkeypatch.setattr("tdfx.stages.latency.sources_digest", lambda package: "other")
+    measure_latency(captured(), profiled(), cache_dir=tmp_path)
+    assert len(timed) == 2 * number
+
+
 def test_a_run_that_was_stopped_goes_on(
     timed: list[bytes | str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
