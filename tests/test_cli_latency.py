@@ -38,6 +38,18 @@ def test_threads_are_as_asked_for(profile: Path) -> None:
     assert LatencyTable.from_json(Path("latency.json").read_text()).runtime.threads == 2
 
 
+def test_the_session_is_configured_as_asked_for(profile: Path) -> None:
+    entry = ("--session-config", "session.intra_op.allow_spinning=0")
+    tdfx_command("latency", "net.py:make", "profile.json", *BOTH_INPUTS, *entry, "-o", "latency.json")
+    runtime = LatencyTable.from_json(Path("latency.json").read_text()).runtime
+    assert runtime.config == {"session.intra_op.allow_spinning": "0"}
+    to_compress = ("compress", "net.py:make", *BOTH_INPUTS, "--budget", "latency=95%", "--out", "out")
+    _, stderr = tdfx_command(*to_compress, "--session-config", "spinning", code=2)
+    assert "KEY=VALUE" in stderr
+    _, stderr = tdfx_command(*to_compress, "--provider", "Fast", code=1)
+    assert "provider 'Fast' is not in this ONNX Runtime" in stderr
+
+
 def test_a_kit_is_run_elsewhere(profile: Path) -> None:
     stdout, _ = tdfx_command("latency-kit", "net.py:make", "profile.json", "kit", *BOTH_INPUTS)
     assert "run python run.py there" in stdout

@@ -10,11 +10,12 @@ from typing import Annotated
 import typer
 
 from tdfx.cli import options as given
-from tdfx.cli.support import cache_folder, exit_codes, model_and_inputs, read_record
+from tdfx.cli.support import asked_runtime, cache_folder, exit_codes, model_and_inputs, read_record
 from tdfx.files import write_text
 from tdfx.latency.fit import fit_target
+from tdfx.latency.runner import CPU
 from tdfx.records.capture import Capture
-from tdfx.records.latency import LatencyTable, Runtime
+from tdfx.records.latency import LatencyTable
 from tdfx.records.profile import Profile
 from tdfx.stages.capture import capture
 from tdfx.stages.latency import measure_latency, with_latency, write_latency_kit
@@ -30,16 +31,16 @@ def latency(
     inputs: given.Inputs = None,
     weights: given.Weights = None,
     threads: given.Threads = 1,
-    provider: given.Provider = "CPUExecutionProvider",
+    provider: given.Provider = CPU,
+    session_config: given.SessionConfig = None,
     cache_dir: given.CacheDir = None,
     debug: given.Debug = False,
 ) -> None:
     """Time every choice of a profile in ONNX Runtime on this machine, for tdfx plan --latency."""
     with exit_codes(debug):
         captured, profile = _profiled(model, file, inputs, weights)
-        table = measure_latency(
-            captured, profile, runtime=Runtime(threads, provider), cache_dir=cache_folder(cache_dir)
-        )
+        runtime = asked_runtime(threads, provider, session_config)
+        table = measure_latency(captured, profile, runtime=runtime, cache_dir=cache_folder(cache_dir))
         write_text(out, table.to_json())
         typer.echo(f"{table}\n\n{out}: times; tdfx plan reads it as --latency")
 

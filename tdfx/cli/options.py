@@ -45,6 +45,7 @@ METRIC_HELP = "Of the errors: loss with --data, weight:relative without; or feat
 DATA_HELP = "Unlabeled inputs: .npy, .npz, .pt, a folder of images, or package.module:function or file.py:function."
 CORRECT_HELP = "Give the outputs of compressed layers their mean back, and with --data their spread."
 QUANTIZE_HELP = "Also write model.int8.onnx: calibrated on --data; without, ranges are found anew in every run."
+SESSION_CONFIG_HELP = "Of ONNX Runtime's session where latency is measured, e.g. session.intra_op.allow_spinning=0."
 FIXED_HELP = "The ONNX file takes the inputs' batch size only; for models that compute with no other."
 
 Model = Annotated[str, Argument(metavar="MODEL", help=MODEL_HELP)]
@@ -66,6 +67,7 @@ Planner = Annotated[str, Option(help=f"What chooses methods and ranks: {' or '.j
 Guard = Annotated[Guarded, Option(help=GUARD_HELP)]
 Threads = Annotated[int, Option(min=1, help="Of ONNX Runtime, where latency is measured.")]
 Provider = Annotated[str, Option(help="Execution provider of ONNX Runtime, where latency is measured.")]
+SessionConfig = Annotated[list[str] | None, Option(metavar="KEY=VALUE", help=SESSION_CONFIG_HELP)]
 Target = Annotated[str, Option(help='Runtime the result is meant for, a file of latency-fit, or "none".')]
 RankMultiple = Annotated[int | None, Option(help="Grid of ranks, 1: any; if left out the target's, or 1 with --ranks.")]
 Trainable = Annotated[bool, Option("--trainable", help="Keep BatchNorm and Dropout for fine-tuning.")]

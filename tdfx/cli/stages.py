@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from pathlib import Path
 from typing import Annotated
@@ -15,6 +16,7 @@ from tdfx.cli.listings import parity
 from tdfx.cli.options import Guarded, Quantized, Verify
 from tdfx.cli.support import (
     Source,
+    asked_runtime,
     cache_folder,
     exit_codes,
     model_and_inputs,
@@ -24,10 +26,11 @@ from tdfx.cli.support import (
     write_onnx,
 )
 from tdfx.files import replacing, write_text
+from tdfx.latency.runner import CPU
 from tdfx.loading import draw_inputs, example_inputs, open_model
 from tdfx.moments import Moments
 from tdfx.onnx_export import ExportReport
-from tdfx.records.latency import LatencyTable, Runtime
+from tdfx.records.latency import LatencyTable
 from tdfx.records.plan import Plan
 from tdfx.records.profile import Profile
 from tdfx.saving import FILES, INT8_ONNX, ONNX, load, output_folder
@@ -66,6 +69,8 @@ def compress(
     target: given.Target = "ort-cpu",
     guard: given.Guard = Guarded.ESTIMATED,
     threads: given.Threads = 1,
+    provider: given.Provider = CPU,
+    session_config: given.SessionConfig = None,
     rank_multiple: given.RankMultiple = None,
     trainable: given.Trainable = False,
     verify: given.Verification = Verify.PLAN,
@@ -80,9 +85,12 @@ def compress(
     with exit_codes(debug):
         if (budget is None) == (ranks is None):
             raise typer.BadParameter("give exactly one of --budget and --ranks")
+        if tune is not None and not 0 < tune < math.inf:
+            raise typer.BadParameter(f"{tune} is no number of minutes above 0", param_hint="--tune")
         if tune is not None and data is None:
             raise typer.BadParameter("name the inputs to train on by --data", param_hint="--tune")
         limits = None if budget is None else Budget.parse(budget)
+        runtime = asked_runtime(threads, provider, session_config)
         cache = cache_folder(cache_dir)
         with output_folder(out) as folder:
             network, args, kwargs = model_and_inputs(model, weights, inputs, seed)
@@ -108,7 +116,7 @@ def compress(
                     planner=planner,
                     target=unless_none(target),
                     guard=guard.value,
-                    runtime=Runtime(threads),
+                    runtime=runtime,
                     rank_multiple=rank_multiple,
                     trainable=trainable,
                     verify=verify.value,

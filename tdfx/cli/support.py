@@ -18,18 +18,20 @@ from tdfx.cache import user_cache
 from tdfx.cli.data import load_data
 from tdfx.cli.options import Quantized
 from tdfx.errors import InputError, PlanError, TdfxError
+from tdfx.latency.runner import entries
 from tdfx.loading import example_inputs, is_program, open_model, program_inputs
 from tdfx.metrics import LOSS
 from tdfx.moments import Moments
 from tdfx.onnx_export import ExportReport, export_onnx
 from tdfx.passes.shape_prop import bind
 from tdfx.records.capture import Capture
-from tdfx.records.latency import LatencyTable
+from tdfx.records.latency import LatencyTable, Runtime
 from tdfx.records.plan import Plan
 from tdfx.records.profile import Profile
 from tdfx.records.result import Report, Result
 from tdfx.saving import INT8_ONNX, ONNX, Output
 from tdfx.stages.calibrate import calibrate
+from tdfx.stages.latency import check_available
 
 NONE = "none"
 Record = TypeVar("Record", bound=Plan | Profile | Report | LatencyTable)
@@ -96,6 +98,22 @@ def cache_folder(cache_dir: str | None) -> Path | None:
     except OSError:
         return None
     return folder if os.access(folder, os.W_OK) else None
+
+
+def asked_runtime(threads: int, provider: str, session_config: Sequence[str] | None) -> Runtime:
+    """What latency is measured in.
+
+    Raises:
+        BadParameter: an entry of the session's configuration is not KEY=VALUE.
+        OptionError: the provider is not there.
+    """
+    try:
+        config = entries(session_config or ())
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--session-config") from None
+    runtime = Runtime(threads, provider, config)
+    check_available(runtime)
+    return runtime
 
 
 @dataclass(frozen=True)

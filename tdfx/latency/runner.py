@@ -16,12 +16,16 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-VERSION = 1  # of latency.json
+VERSION = 2  # of latency.json
+CPU = "CPUExecutionProvider"
+TRIES = 3  # of a group, until nothing else takes its processor
+MOST_WAITING = 0.1  # share of the time for which a thread may wait
 ROUNDS = (7, 60)  # of a group, at least and at most
 BYTES = 10**9  # of weights that are loaded at once
 WARM_UP = 2  # rounds that do not count: the first ones allocate
@@ -113,6 +117,29 @@ def processor() -> str:
         return platform.processor() or platform.machine()
 
 
+def waiting(since: tuple[float, float]) -> float:
+    """The share of the time since then for which this thread was not on a processor.
+
+    Args:
+        since: ``time.perf_counter()`` and ``time.thread_time()`` of then.
+    """
+    wall_s = time.perf_counter() - since[0]
+    return 1 - (time.thread_time() - since[1]) / wall_s if wall_s > 0 else 0.0
+
+
+def undisturbed(take: Callable[[], list[float]], runtime: Mapping[str, Any]) -> tuple[list[float], bool]:
+    """What was measured while nothing else took this thread's processor, and whether that was so in one of the tries.
+
+    On other providers than the CPU threads wait for the device, and nothing is known.
+    """
+    for _ in range(TRIES):
+        since = time.perf_counter(), time.thread_time()
+        found = take()
+        if runtime["provider"] != CPU or waiting(since) <= MOST_WAITING:
+            return found, True
+    return found, False
+
+
 def group_ratios(runs: Sequence[Run], seconds: float, clock: Clock = time.perf_counter) -> list[float]:
     """Median seconds of each run over those of the first."""
     medians = [statistics.median(values) for values in interleaved(runs, seconds=seconds, clock=clock)]
@@ -169,22 +196,31 @@ def measure(
         network: the whole network's model.
         load: gives a model by its key.
         runtime: as for ``open_session``.
-        ratios: known ones by key of the layer and of the chain; those measured are added.
+        ratios: known ones by key of the layer and of the chain; those measured are added, but for groups that other
+            processes disturbed in all tries.
         keep: called after each group, or part of one.
         progress: called with groups done, and groups in all.
         seconds: that the runs of one model take.
 
     Returns:
-        "network_s", and "rows" with "site", "method", "rank" and "latency_s".
+        "network_s", "disturbed" (groups, or parts of one), and "rows" with "site", "method", "rank" and "latency_s".
     """
     groups = kit["groups"]
+    taken: dict[str, dict[str, float]] = {}
+    disturbed = 0
     for done, (dense, *others) in enumerate(groups):
         progress(done, len(groups))
         known = ratios.setdefault(dense, {dense: 1.0})
+        taken[dense] = dict(known)
         missing = [key for key in others if key not in known]
         for part in batches(missing, kit["bytes"], BYTES - kit["bytes"][dense]):
             keys = [dense, *part]
-            found = group_ratios([session_run(load(key), runtime) for key in keys], seconds)
+            runs = [session_run(load(key), runtime) for key in keys]
+            found, is_sure = undisturbed(partial(group_ratios, runs, seconds), runtime)
+            taken[dense].update(zip(keys, found, strict=True))
+            if not is_sure:
+                disturbed += 1
+                continue
             known.update(zip(keys, found, strict=True))
             keep()
     layers = [dense for dense, *_ in groups]
@@ -198,11 +234,12 @@ def measure(
             "site": site,
             "method": method,
             "rank": rank,
-            "latency_s": round(sum(dense_s[dense] * ratios[dense][key] for dense, key in pairs), 9),
+            "latency_s": round(sum(dense_s[dense] * taken[dense][key] for dense, key in pairs), 9),
         }
         for site, method, rank, pairs in kit["rows"]
     ]
-    return {"structure": kit["structure"], "network_s": round(network_s, 9), "rows": rows}
+    whole_s = round(network_s, 9)
+    return {"structure": kit["structure"], "network_s": whole_s, "disturbed": disturbed, "rows": rows}
 
 
 # --- alone on a device ---
@@ -212,10 +249,15 @@ def main(folder: Path, arguments: Sequence[str] | None = None) -> None:
     """Measures what ``kit.json`` lists and writes ``latency.json``."""
     options = argparse.ArgumentParser(description="Times the models of this folder in ONNX Runtime.")
     options.add_argument("--threads", type=int, default=1, help="of one operator")
-    options.add_argument("--provider", default="CPUExecutionProvider")
+    options.add_argument("--provider", default=CPU)
+    options.add_argument("--session-config", metavar="KEY=VALUE", action="append", default=[], help="of the session")
     options.add_argument("--seconds", type=float, default=SECONDS, help="that the runs of one model take")
     given = options.parse_args(arguments)
-    runtime = {"threads": given.threads, "provider": given.provider, "config": {}}
+    try:
+        config = entries(given.session_config)
+    except ValueError as error:
+        options.error(str(error))
+    runtime = {"threads": given.threads, "provider": given.provider, "config": config}
     header = {"version": VERSION, "runtime": runtime, "host": host()}
     kit = json.loads((folder / "kit.json").read_text(encoding="utf-8"))
     unfinished, result = folder / "unfinished.json", folder / "latency.json"
@@ -234,7 +276,26 @@ def main(folder: Path, arguments: Sequence[str] | None = None) -> None:
         seconds=given.seconds,
     )
     write(result, {**header, **measured})
+    if measured["disturbed"]:
+        print(
+            f"other processes ran beside {measured['disturbed']} layers; run this again to time them", file=sys.stderr
+        )
     print(f"{result}: for tdfx plan --latency", file=sys.stderr)
+
+
+def entries(texts: Sequence[str]) -> dict[str, str]:
+    """What "key=value" texts say.
+
+    Raises:
+        ValueError: one has no "=", or no key.
+    """
+    found = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise ValueError(f"session configuration {text!r}; expected KEY=VALUE")
+        found[key] = value
+    return found
 
 
 def write(path: Path, value: object) -> None:

@@ -12,7 +12,7 @@ from tdfx.records.reading import read_text
 from tdfx.records.writing import to_text
 from tdfx.tables import align, seconds
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,7 @@ class LatencyTable:
         host: "processor" and version of "onnxruntime".
         structure: fingerprint of the network's structure.
         network_s: seconds of the whole network as given.
+        disturbed: groups of layers beside which other processes ran, so that their times are not sure.
         rows: of every candidate.
 
     Raises:
@@ -104,6 +105,7 @@ class LatencyTable:
     host: dict[str, str]
     structure: str
     network_s: float
+    disturbed: int
     rows: tuple[Timing, ...]
 
     def __post_init__(self) -> None:
@@ -115,6 +117,13 @@ class LatencyTable:
         """Seconds by site, method and rank."""
         return {(row.site, row.method, row.rank): row.latency_s for row in self.rows}
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know."""
+        if not self.disturbed:
+            return ()
+        return (f"other processes ran while {self.disturbed} groups of layers were timed: measure on an idle machine",)
+
     def __str__(self) -> str:
         lines = []
         for site in dict.fromkeys(row.site for row in self.rows):
@@ -124,7 +133,7 @@ class LatencyTable:
             lines.append((site, seconds(dense.latency_s), str(len(others)), seconds(best.latency_s), form))
         table = align(("layer", "as it is", "forms", "quickest", ""), lines, right=(1, 2, 3))
         where = f"{self.runtime}, onnxruntime {self.host.get('onnxruntime')}, {self.host.get('processor')}"
-        return f"{table}\nwhole network {seconds(self.network_s)}; {where}"
+        return "\n".join((table, f"whole network {seconds(self.network_s)}; {where}", *self.notes))
 
     def to_json(self) -> str:
         """JSON text with one time a line; ``from_json`` gives an equal table back."""

@@ -10,20 +10,21 @@ from typing import Any
 
 from torch import Tensor
 
-from tdfx.budget import Budget
+from tdfx.budget import LATENCY, Budget
 from tdfx.inputs import Inputs
 from tdfx.metrics import LOSS
 from tdfx.moments import Moments
 from tdfx.progress import Report as ProgressReport
 from tdfx.records.latency import LatencyTable, Runtime
 from tdfx.records.plan import MEASURED
+from tdfx.records.profile import Profile
 from tdfx.records.result import Result
 from tdfx.scores import Evaluate
 from tdfx.stages.apply import carry_out, check_verify
 from tdfx.stages.calibrate import calibrate
 from tdfx.stages.capture import Model, capture
-from tdfx.stages.guard import carry_out_measured, check_guard, limits_latency, with_time
-from tdfx.stages.latency import measure_latency, measured_rank_grid, with_latency
+from tdfx.stages.guard import carry_out_measured, check_guard, limits_latency
+from tdfx.stages.latency import check_available, measure_latency, measured_rank_grid, with_latency
 from tdfx.stages.plan import plan, read_budget
 from tdfx.stages.profile import profile
 from tdfx.stages.search import cheapest, read_drop
@@ -93,7 +94,7 @@ def compress(
         trainable: keep BatchNorm and Dropout for fine-tuning.
         verify: "plan", or "full" to check every method at full rank too.
         seed: of the decompositions; same inputs and seed give the same result on the same machine.
-        minimize: with a drop, what the network is to be cheapest in: "flops", "macs", "params" or "bytes".
+        minimize: with a drop, what the network is to be cheapest in: "flops", "macs", "params", "bytes" or "latency".
         evaluate: with a drop, called with about ten networks in turn: a network's score, higher is better; see
             ``tdfx.stages.search.cheapest`` for what is sure of the one returned.
         cache_dir: folder that keeps errors and scores between runs, scores under the function's file, name and source.
@@ -113,8 +114,11 @@ def compress(
     parsed = read_budget(budget, ranks, planner) if asked is None else None
     check_verify(verify)
     check_guard(guard)
-    measures = latency is None and (guard == MEASURED or limits_latency(asked or parsed))
+    is_about_time = guard == MEASURED or limits_latency(asked or parsed) or (asked is not None and minimize == LATENCY)
+    measures = latency is None and is_about_time
     runtime = runtime or Runtime()
+    if measures:
+        check_available(runtime)
     timings: dict[str, float] = {}
     with timed(timings, "capture"):
         captured = capture(model, example_inputs, example_kwargs, trainable=trainable)
@@ -150,38 +154,34 @@ def compress(
             latency = measure_latency(captured, profiled, runtime=runtime, cache_dir=cache_dir, progress=progress)
     if latency is not None:
         profiled = with_latency(profiled, latency)
-    if asked is not None and evaluate is not None:
+
+    def carried_out(found: Profile) -> Result:
+        slower = guard != MEASURED
+        if asked is None or evaluate is None:
+            with timed(timings, "plan"):
+                chosen = plan(found, parsed, planner=planner, slower=slower)
+            return carry_out(captured, chosen, moments=moments, verify=verify)
         with timed(timings, "search"):
-            result = cheapest(
+            return cheapest(
                 captured,
-                profiled,
+                found,
                 asked,
                 minimize=minimize,
                 evaluate=evaluate,
                 moments=moments,
                 planner=planner,
+                slower=slower,
                 verify=verify,
                 cache_dir=cache_dir,
                 progress=progress,
             )
-        if measures:
-            result = with_time(captured, result, runtime)
-    elif measures:
-        result = carry_out_measured(
-            captured,
-            profiled,
-            parsed,
-            runtime=runtime,
-            guard=guard,
-            moments=moments,
-            planner=planner,
-            verify=verify,
-        )
+
+    if measures:
+        result = carry_out_measured(captured, profiled, asked or parsed, carried_out, runtime=runtime, guard=guard)
     else:
-        with timed(timings, "plan"):
-            chosen = plan(profiled, parsed, planner=planner, slower=guard != MEASURED)
-        result = carry_out(captured, chosen, moments=moments, verify=verify)
+        result = carried_out(profiled)
     for note in result.plan.notes:
         warnings.warn(note, stacklevel=2)
     timings |= result.report.timings_s
-    return replace(result, report=replace(result.report, timings_s=timings))
+    notes = () if latency is None else latency.notes
+    return replace(result, report=replace(result.report, timings_s=timings, notes=(*result.report.notes, *notes)))

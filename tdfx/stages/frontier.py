@@ -42,7 +42,7 @@ def frontier(
         captured: what ``capture`` returned.
         profile: what ``profile`` returned for it.
         moments: those that the profile was made with.
-        resource: "flops", "macs", "params" or "bytes".
+        resource: "flops", "macs", "params", "bytes" or "latency".
         shares: of the whole model's resource, each above 0 and at most 1; those that no plan is within are left out.
             None for ``points`` shares at equal distances from the least that can be reached to 1.
         points: number of shares, 2 or more.

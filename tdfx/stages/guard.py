@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from statistics import median, quantiles
 
-from tdfx.budget import LATENCY, Budget, nanoseconds
+from tdfx.budget import LATENCY, RESOURCES, Budget, nanoseconds
 from tdfx.errors import BudgetError, OptionError
 from tdfx.latency import runner
-from tdfx.moments import Moments
 from tdfx.onnx_export import export_onnx
+from tdfx.records.candidate import SLOWER
 from tdfx.records.capture import Capture
 from tdfx.records.latency import Measured, Runtime
 from tdfx.records.plan import ESTIMATED, MEASURED, Plan
 from tdfx.records.profile import Profile
 from tdfx.records.result import Result
-from tdfx.stages.apply import carry_out
+from tdfx.stages.frontier import least_amount
 from tdfx.stages.latency import FASTER, original_file, scaled_chains
-from tdfx.stages.plan import plan
+from tdfx.stages.plan import written
+from tdfx.tables import share
 
 MOST_PLANS = 3
 TOLERANCE = 1.1  # of what was asked for, before a plan is made anew
+LEAST_USED = 0.9  # of the same
 GUARDS = (ESTIMATED, MEASURED)
 
 
@@ -41,55 +44,50 @@ def carry_out_measured(
     captured: Capture,
     profile: Profile,
     budget: Budget | None,
+    carry_out: Callable[[Profile], Result],
     *,
     runtime: Runtime,
     guard: str,
-    moments: Moments | None = None,
-    planner: str = "knapsack",
-    verify: str = "plan",
 ) -> Result:
-    """Plans, compresses and times; plans anew, at most twice, where the time misses what was asked by over a tenth.
+    """Compresses and times; does so anew, at most twice, where the time is over a tenth off what was asked.
 
     The measured times of all chains are then multiplied by one factor, with which the last network's time would have
-    been predicted.
+    been predicted. A network that is faster than predicted makes way for one that uses the time.
 
     Args:
         captured: what ``capture`` returned.
         profile: with measured latencies.
-        budget: None for a rank rule.
+        budget: None for a rank rule, which leaves nothing to do anew.
+        carry_out: plans within the budget and compresses.
         runtime: that times are taken in.
         guard: "measured" also for a network that must be faster than the original whatever the budget.
-        moments: those that the profile was made with.
-        planner: name of a planner.
-        verify: as for ``apply``.
 
     Returns:
-        The network; its report says what was predicted and measured, and whether a limit was missed.
+        The last network that keeps the limit, else the last one; its report says what was predicted and measured, and
+        by how much a limit of latency is missed or left unused.
 
     Raises:
         BudgetError: not reachable; with the guard also where every network within the budget is slower.
     """
+    found: list[tuple[Result, Measured]] = []
     with original_file(captured) as original:
-        for plans in range(1, MOST_PLANS + 1):
-            chosen = plan(profile, budget, planner=planner, slower=guard != MEASURED)
-            result = carry_out(captured, chosen, moments=moments, verify=verify)
-            measured = replace(time_against_original(captured, original, result, runtime), plans=plans)
-            missed = _missed(chosen, budget, measured, guard)
-            if not missed or budget is None:  # a rank rule leaves nothing to plan anew
+        while len(found) < MOST_PLANS:
+            result = carry_out(profile)
+            measured = replace(time_against_original(captured, original, result, runtime), plans=len(found) + 1)
+            found.append((result, measured))
+            is_late = bool(_missed(result.plan, budget, measured, guard))
+            if budget is None or not (is_late or _is_too_quick(result.plan, budget, measured)):
                 break
-            if plans < MOST_PLANS:
-                profile = scaled_chains(profile, chosen, measured.ratio)
+            profile = scaled_chains(profile, result.plan, measured.ratio)
+    result, measured = next((f for f in reversed(found) if not _missed(f[0].plan, budget, f[1], guard)), found[-1])
+    missed = _missed(result.plan, budget, measured, guard)
     if missed and guard == MEASURED and measured.ratio > FASTER:
-        raise BudgetError(
-            f"budget {chosen.budget} is not reachable with the guard: the last of {MOST_PLANS} networks within it "
-            f"takes {measured.ratio:.1%} of the original's time. Raise the budget, allow more methods, or lift "
-            "the guard",
-            least={},
-            scale=math.inf,
-        )
-    notes = (f"latency is missed: {missed}; {plans} plans were made",) if missed else ()
-    carried_out = replace(result.plan, notes=(*result.plan.notes, *notes))
-    report = replace(result.report, plan=carried_out, measured=measured, notes=(*result.report.notes, *notes))
+        raise _refusal(profile, budget, result.plan, measured)
+    plans = f"{len(found)} plan{'s were' if len(found) > 1 else ' was'} made"
+    warning = (f"latency is missed: {missed}; {plans}",) if missed else ()
+    notes = (*result.report.notes, *warning, *_unused(result.plan, budget, measured))
+    carried_out = replace(result.plan, notes=(*result.plan.notes, *warning))
+    report = replace(result.report, plan=carried_out, measured=measured, notes=notes)
     return replace(result, plan=carried_out, report=report)
 
 
@@ -133,10 +131,56 @@ def _missed(chosen: Plan, budget: Budget | None, measured: Measured, guard: str)
     compressed = any(not candidate.is_dense for candidate in chosen.candidates)
     if guard == MEASURED and compressed and measured.ratio > FASTER:
         return f"the network takes {measured.ratio:.1%} of the original's time"
+    asked = _asked(chosen, budget)
+    if asked is not None and measured.ratio > TOLERANCE * asked:
+        return f"asked {asked:.1%} of the original's time, measured {measured.ratio:.1%}"
+    return ""
+
+
+def _asked(chosen: Plan, budget: Budget | None) -> float | None:
+    """The limit of latency as a share, which does not change with the machine's pace between then and now."""
     limits = () if budget is None else (limit for limit in budget.limits if limit.resource == LATENCY)
     for limit in limits:
-        # As a share, which does not change with the machine's pace between then and now.
-        asked = float(limit.amount) * (1 if limit.share else 1 / nanoseconds(chosen.before))
-        if measured.ratio > TOLERANCE * asked:
-            return f"asked {asked:.1%} of the original's time, measured {measured.ratio:.1%}"
-    return ""
+        return float(limit.amount) * (1 if limit.share else 1 / nanoseconds(chosen.before))
+    return None
+
+
+def _is_too_quick(chosen: Plan, budget: Budget | None, measured: Measured) -> bool:
+    """Whether the network leaves time unused that it was predicted to take."""
+    asked, predicted = _asked(chosen, budget), measured.predicted_ratio
+    if asked is None or predicted is None:
+        return False
+    return measured.ratio < LEAST_USED * asked <= predicted
+
+
+def _unused(chosen: Plan, budget: Budget | None, measured: Measured) -> tuple[str, ...]:
+    """Why the network is so much quicker than asked for, if it is."""
+    asked, predicted = _asked(chosen, budget), measured.predicted_ratio
+    if asked is None or predicted is None or measured.ratio >= LEAST_USED * asked:
+        return ()
+    if predicted < LEAST_USED * asked:
+        why = "no choice of methods and ranks within the budget that takes longer has a smaller error"
+    else:
+        why = f"predicted were {predicted:.1%}, and plans made anew after that took too long"
+    return (f"latency is left unused: asked {asked:.1%} of the original's time, measured {measured.ratio:.1%}; {why}",)
+
+
+def _refusal(profile: Profile, budget: Budget | None, chosen: Plan, measured: Measured) -> BudgetError:
+    """Where all networks within the budget were slower; the profile's times are corrected for the last one."""
+    offered = tuple(c for c in profile.candidates if SLOWER not in c.caveat)
+    faster = replace(profile, candidates=offered)
+    limits = () if budget is None else budget.limits
+    least = {limit.resource: least_amount(faster, limit.resource) for limit in limits}
+    amounts = "; ".join(
+        f"{resource} {written(resource, amount)} ({share(amount, RESOURCES[resource](profile.before))})"
+        for resource, amount in least.items()
+    )
+    layers = ", ".join(candidate.site for candidate in chosen.candidates if not candidate.is_dense)
+    reachable = f" By times corrected for that, the least reachable on its own is {amounts}." if amounts else ""
+    return BudgetError(
+        f"{chosen.budget} is not reachable with the guard: the last network timed takes {measured.ratio:.1%} of the "
+        f"original's time with these layers compressed: {layers}.{reachable} Raise the budget, allow more methods, or "
+        "lift the guard",
+        least=least,
+        scale=math.inf,
+    )

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from tdfx.cache import ListCache, sources_digest
-from tdfx.errors import InputError, PlanError
+from tdfx.errors import InputError, OptionError, PlanError
 from tdfx.files import write_text
 from tdfx.latency import runner
 from tdfx.latency.grid import measure_rank_grid
@@ -77,7 +77,18 @@ def measure_latency(
             progress=lambda done, total: report("timing layers", done, total),
         )
     rows = tuple(Timing(**{**row, "rank": tuple(row["rank"])}) for row in measured["rows"])
-    return LatencyTable(runtime, header["host"], measured["structure"], measured["network_s"], rows)
+    return LatencyTable(runtime, header["host"], **{**measured, "rows": rows})
+
+
+def check_available(runtime: Runtime) -> None:
+    """Raises OptionError unless ONNX Runtime has the provider here."""
+    import onnxruntime as ort
+
+    available = ort.get_available_providers()
+    if runtime.provider not in available:
+        raise OptionError(
+            f"provider {runtime.provider!r} is not in this ONNX Runtime; expected one of {', '.join(available)}"
+        )
 
 
 @contextmanager

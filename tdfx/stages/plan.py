@@ -149,8 +149,8 @@ def _unreachable(
     least = {limit.resource: RESOURCES[limit.resource](lowest) for limit in budget.limits}
     # Rounded up, so that what the message says is reachable indeed.
     amounts = "; ".join(
-        f"{resource}: asked {_written(resource, RESOURCES[resource](asked))}, least reachable on its own "
-        f"{_written(resource, amount)} "
+        f"{resource}: asked {written(resource, RESOURCES[resource](asked))}, least reachable on its own "
+        f"{written(resource, amount)} "
         f"({-(-1000 * amount // max(RESOURCES[resource](profile.before), 1)) / 10}%)"
         for resource, amount in least.items()
     )
@@ -169,7 +169,8 @@ def _factored(profile: Profile, name: str) -> list[Candidate]:
     return [candidate for candidate in profile.of_site(name) if not candidate.is_dense]
 
 
-def _written(resource: str, amount: int) -> str:
+def written(resource: str, amount: int) -> str:
+    """An amount of a resource, for people."""
     return seconds(amount / 1e9) if resource == LATENCY else str(amount)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from decimal import Decimal
+from functools import partial
 from pathlib import Path
 
 from tdfx.budget import Budget, Drop, Limit, find_resource
@@ -51,6 +53,7 @@ def cheapest(
     evaluate: Evaluate,
     moments: Moments | None = None,
     planner: str = "knapsack",
+    slower: bool = True,
     verify: str = "plan",
     cache_dir: str | Path | None = None,
     progress: bool | Report | None = None,
@@ -68,10 +71,11 @@ def cheapest(
         profile: what ``profile`` returned for it.
         budget: with a drop: "drop=1%" of the original's score, or "drop=0.01"; limits besides it hold for every network
             ("drop=1%,params=2M").
-        minimize: "flops", "macs", "params" or "bytes".
+        minimize: "flops", "macs", "params", "bytes" or "latency".
         evaluate: called with a network, returns its score; higher is better.
         moments: those that the profile was made with.
         planner: name of a planner.
+        slower: as for ``plan``.
         verify: as for ``apply``, for the returned network.
         cache_dir: folder that keeps scores between runs; ``tdfx.scores.Scores`` says under what.
         progress: a function, True, False, or None for a bar on terminals only.
@@ -90,7 +94,7 @@ def cheapest(
     check_belongs(captured, profile, moments)
     scores = Scores(captured, evaluate, moments=moments, cache_dir=cache_dir)
     with reporter(progress) as report:
-        search = Search(profile, asked, minimize, planner, scores, report)
+        search = Search(profile, asked, minimize, partial(plan, planner=planner, slower=slower), scores, report)
         best = search.run(asked.drop)
     chosen = replace(best.plan, budget=str(asked))
     result = carry_out(captured, chosen, moments=moments, verify=verify)
@@ -140,18 +144,24 @@ class Search:
     """
 
     def __init__(
-        self, profile: Profile, budget: Budget, minimize: str, planner: str, scores: Scores, report: Report
+        self,
+        profile: Profile,
+        budget: Budget,
+        minimize: str,
+        make_plan: Callable[[Profile, Budget], Plan],
+        scores: Scores,
+        report: Report,
     ) -> None:
         self.trials: dict[tuple[object, ...], Trial] = {}
         self.original, self.wanted = 0.0, Decimal(0)
         self.amount_of = find_resource(minimize, "minimize")
         self._profile, self._budget, self._minimize = profile, budget, minimize
-        self._planner, self._scores, self._report = planner, scores, report
+        self._plan, self._scores, self._report = make_plan, scores, report
 
     def run(self, drop: Drop) -> Trial:
         """The cheapest network that holds."""
         whole = Budget(self._budget.limits or (Limit(self._minimize, Decimal(1), share=True),))
-        dearest = plan(self._profile, whole, planner=self._planner)
+        dearest = self._plan(self._profile, whole)
         self._report("original", 0, self._most)
         self.original = self._scores.original()
         self.wanted = drop.least_score(self.original)
@@ -187,7 +197,7 @@ class Search:
     def _within(self, amount: int) -> Trial | None:
         """The best network of at most this amount, measured; None if there is none."""
         try:
-            chosen = plan(self._profile, _limited(self._budget, self._minimize, amount), planner=self._planner)
+            chosen = self._plan(self._profile, _limited(self._budget, self._minimize, amount))
         except BudgetError:
             return None
         return self._measured(chosen)

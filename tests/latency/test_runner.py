@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     found = Machine()
     original = runner.interleaved
     monkeypatch.setattr(runner, "session_run", lambda model, runtime: found.run(model, SECONDS[model]))
+    monkeypatch.setattr(runner, "waiting", lambda since: 0.0)
     monkeypatch.setattr(
         runner, "interleaved", lambda runs, **options: original(runs, **{**options, "clock": found.clock})
     )
@@ -97,6 +99,7 @@ def test_rows_are_sums_over_calls_beside_the_network(machine: Machine) -> None:
     assert measure({}) == {
         "structure": "abc",
         "network_s": 10.0,
+        "disturbed": 0,
         "rows": [
             {"site": "a", "method": "dense", "rank": [], "latency_s": 7.0},
             {"site": "a", "method": "svd", "rank": [3], "latency_s": 4.0},
@@ -178,3 +181,36 @@ def test_other_options_are_measured_anew(device: Path, machine: Machine) -> None
 
 def test_the_host_is_named() -> None:
     assert all(runner.host().values())
+
+
+def test_a_group_beside_which_others_ran_is_timed_again(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits = [0.5, 0.2, 0.0, 0.0]
+    monkeypatch.setattr(runner, "waiting", lambda since: waits.pop(0))
+    ratios: dict[str, dict[str, float]] = {}
+    assert measure(ratios)["disturbed"] == 0 and not waits
+    assert ratios["dense"]["half"] == 0.5
+
+
+def test_what_was_disturbed_every_time_is_used_and_not_kept(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = measure({})
+    waits = [0.5, 0.5, 0.5, 0.0]
+    monkeypatch.setattr(runner, "waiting", lambda since: waits.pop(0))
+    ratios: dict[str, dict[str, float]] = {}
+    assert measure(ratios) == {**wanted, "disturbed": 1}
+    assert ratios == {"dense": {"dense": 1.0}, "other": {"other": 1.0, "same": 1.0}}
+
+
+def test_a_thread_that_sleeps_waits_and_one_that_works_does_not() -> None:
+    since = time.perf_counter(), time.thread_time()
+    time.sleep(0.05)
+    assert runner.waiting(since) > 0.5
+    asked = {**RUNTIME, "provider": "CUDAExecutionProvider"}
+    assert runner.undisturbed(lambda: time.sleep(0.01) or [1.0], asked) == ([1.0], True)
+    assert runner.undisturbed(lambda: time.sleep(0.01) or [1.0], RUNTIME) == ([1.0], False)
+
+
+def test_session_configuration_is_key_and_value() -> None:
+    assert runner.entries(["a.b=1", "c=x=y"]) == {"a.b": "1", "c": "x=y"}
+    for text in ("a.b", "=1"):
+        with pytest.raises(ValueError, match="expected KEY=VALUE"):
+            runner.entries([text])

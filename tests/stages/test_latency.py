@@ -88,6 +88,7 @@ def simulate(monkeypatch: pytest.MonkeyPatch) -> list[bytes | str]:
 
     interleaved = runner.interleaved
     monkeypatch.setattr(runner, "session_run", session_run)
+    monkeypatch.setattr(runner, "waiting", lambda since: 0.0)
     monkeypatch.setattr(
         runner, "interleaved", lambda runs, **given: interleaved(runs, **{**given, "clock": lambda: now[0]})
     )
@@ -374,9 +375,74 @@ def test_a_guarded_network_is_faster_or_refused(timed: list[bytes | str], ratios
     result = compress("flops=60%", guard="measured")
     assert result.report.measured is not None and result.report.measured.ratio < 0.98
     assert result.after.flops <= 0.6 * result.before.flops
+
+
+def test_a_guard_that_no_network_passes_names_layers_and_what_is_reachable(
+    timed: list[bytes | str], ratios: list[float]
+) -> None:
     ratios[:] = [1.9, 1.9, 1.9]
-    with pytest.raises(BudgetError, match="not reachable with the guard"):
-        compress("flops=60%", guard="measured")
+    with pytest.raises(
+        BudgetError, match=r"takes 1\d\d.\d% of .* compressed: .*2.* least reachable .* flops"
+    ) as caught:
+        compress("flops=75%", guard="measured")
+    least = caught.value.least["flops"]
+    assert 0 < least <= 0.75 * profiled().before.flops
+    ratios[:] = [1.9]
+    with pytest.raises(BudgetError, match=r"ranks=ratio=0.5 is not reachable with the guard"):
+        tdfx.compress(network(), INPUT, ranks="ratio=0.5", methods=["spatial_svd"], guard="measured")
+
+
+def test_a_network_that_leaves_time_unused_makes_way(timed: list[bytes | str], ratios: list[float]) -> None:
+    ratios[:] = [0.7, 1.0]
+    result = compress("latency=60%")
+    first = tdfx.plan(with_latency(profiled(), measured_once()), "latency=60%")
+    assert result.report.measured is not None and result.report.measured.plans == 2
+    assert result.after.flops > first.after.flops
+
+
+def test_what_is_in_time_is_kept_where_later_networks_are_not(timed: list[bytes | str], ratios: list[float]) -> None:
+    ratios[:] = [0.7, 1.6, 1.6]
+    result = compress("latency=60%")
+    measured = result.report.measured
+    assert measured is not None and measured.plans == 1 and measured.ratio < 0.6
+    assert any("left unused: asked 60.0%" in note and "took too long" in note for note in result.report.notes)
+
+
+def test_time_that_no_choice_takes_is_explained(timed: list[bytes | str], ratios: list[float]) -> None:
+    ratios[:] = [1.0]
+    result = compress("latency=95%,flops=40%")
+    assert any("left unused" in note and "no choice of methods" in note for note in result.report.notes)
+
+
+def test_a_drop_with_latency_is_planned_anew(timed: list[bytes | str], ratios: list[float]) -> None:
+    ratios[:] = [60.0, 1.0]
+    result = compress("drop=50%,latency=60%", evaluate=lambda module: 1.0, minimize="params")
+    measured = result.report.measured
+    assert measured is not None and measured.plans == 2 and measured.ratio <= 0.6
+
+
+def test_latency_that_is_minimized_is_measured(timed: list[bytes | str], ratios: list[float]) -> None:
+    ratios[:] = [1.0]
+    result = compress("drop=50%", evaluate=lambda module: 1.0, minimize="latency")
+    assert result.plan.latency_source == "measured" and result.after.latency_s is not None
+    assert result.after.latency_s < 0.6 * measured_once().network_s
+
+
+def test_disturbed_times_are_told_and_not_kept(
+    timed: list[bytes | str], ratios: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "waiting", lambda since: 0.5)
+    table = measure_latency(captured(), profiled(), cache_dir=tmp_path)
+    assert table.disturbed == 4 and "other processes ran while 4 groups" in str(table)
+    assert replace(table, disturbed=0) == measured_once()
+    assert not list(tmp_path.glob("latency-*.json"))
+    ratios[:] = [1.0]
+    assert any("other processes ran" in note for note in compress("latency=60%").report.notes)
+
+
+def test_a_provider_that_is_not_there_is_refused() -> None:
+    with pytest.raises(OptionError, match=r"provider 'Fast' is not in this ONNX Runtime; expected one of .*CPU"):
+        compress("latency=60%", runtime=Runtime(provider="Fast"))
 
 
 def test_without_the_guard_nothing_is_timed(timed: list[bytes | str], ratios: list[float]) -> None:
