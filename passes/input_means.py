@@ -1,14 +1,17 @@
 """Means of the layers' inputs without data, from what BatchNorm says of its outputs.
 
-After a BatchNorm a channel has mean b and standard deviation |w|, its parameters; as a normal variable it is followed
-through element-wise functions by Gauss-Hermite quadrature, through sums of independent terms, and through pooling by
-average. What follows anything else is not known.
+After a BatchNorm a channel has mean b and standard deviation |w|, its parameters (0 and 1 without them); as a normal
+variable it is followed through element-wise functions by Gauss-Hermite quadrature, and through sums of independent
+terms. Flattening repeats it for each position of its channel. An average over positions keeps the mean; its variance
+lies anywhere from that of independent positions to that of equal ones, hence it is not known, nor is what a further
+function makes of it. What follows anything else is not known.
 
 Source: Nagel et al. 2019, section 4.2.2 and appendix C (means behind a clipped activation, there in closed form).
 """
 
 from __future__ import annotations
 
+import math
 import operator
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +25,7 @@ from tdfx.im2col import im2col
 from tdfx.passes.base import AnalysisPass, layer_at
 from tdfx.passes.fold_batch_norm import BATCH_NORM, BatchNorm
 from tdfx.passes.shape_prop import TensorMeta
-from tdfx.records.layer import Site
+from tdfx.records.layer import Shape, Site
 
 POINTS = 64  # of the quadrature
 ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
@@ -36,16 +39,25 @@ ELEMENTWISE_MODULES = (
     nn.Hardswish, nn.Hardsigmoid, nn.Sigmoid, nn.Tanh,
 )  # fmt: skip
 SAME = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
-AVERAGES = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
-AVERAGE_FUNCTIONS = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)
+RESHAPES = (torch.flatten, torch.reshape, "flatten", "reshape", "view")
+AVERAGES: dict[object, int] = {
+    nn.AdaptiveAvgPool1d: 1, nn.AdaptiveAvgPool2d: 2, nn.AdaptiveAvgPool3d: 3,
+    F.adaptive_avg_pool1d: 1, F.adaptive_avg_pool2d: 2, F.adaptive_avg_pool3d: 3,
+    nn.AvgPool1d: 1, nn.AvgPool2d: 2, nn.AvgPool3d: 3, F.avg_pool1d: 1, F.avg_pool2d: 2, F.avg_pool3d: 3,
+}  # fmt: skip
+"""Over how many dimensions, the last ones, an operator averages."""
+POOL_OPTIONS = (
+    "input", "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override",
+)  # fmt: skip
+"""Parameters of ``F.avg_pool2d``; that in one dimension lacks the last one."""
 
 
 @dataclass(frozen=True)
 class Normal:
-    """Mean and variance by channel, dimension 1 of a value; float64."""
+    """Mean and variance by channel, dimension 1 of a value; float64. None for a variance that is not known."""
 
     mean: Tensor
-    variance: Tensor
+    variance: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -92,43 +104,52 @@ class InputMeans(AnalysisPass[dict[str, Tensor]]):
 
     def _follow(self, graph_module: fx.GraphModule, node: fx.Node, known: dict[str, Normal]) -> Normal | None:
         if BATCH_NORM in node.meta:
-            return _normalized(**node.meta[BATCH_NORM])
+            return _normalized(**node.meta[BATCH_NORM], channels=self.metas[node.name].shape[1])
         module = graph_module.get_submodule(str(node.target)) if node.op == "call_module" else None
         if isinstance(module, BatchNorm):
-            return _normalized(module.weight, module.bias)
+            return _normalized(module.weight, module.bias, module.num_features)
         sources = [known.get(source.name) for source in node.all_input_nodes]
+        if sources and sources[0] is not None and self._flattens(node, module):  # sizes may be nodes too
+            return _repeated(sources[0], math.prod(self._shape_before(node)[2:]))
         values = [source for source in sources if source is not None]
         if not values or len(values) < len(sources):
             return None
-        if self._keeps_channels(graph_module, node):
-            return values[0]
+        if self._averages(node, module):
+            return Normal(values[0].mean, None)
         if module is not None:
             return _through_module(module, values[0])
         if node.target in ADDITIONS and len(values) == 2 and "alpha" not in node.kwargs:
-            same = self.metas[node.all_input_nodes[0].name].shape == self.metas[node.all_input_nodes[1].name].shape
-            return Normal(*(sum(parts, start=torch.zeros(())) for parts in _parts(values))) if same else None
+            same = self._shape_before(node) == self.metas[node.all_input_nodes[1].name].shape
+            return _sum(*values) if same else None
         if len(values) == 1 and node.target in ELEMENTWISE:
             return _through(values[0], lambda x: _call(node, x))
-        if node.target in AVERAGE_FUNCTIONS or self._averages(node):
-            return Normal(values[0].mean, torch.zeros_like(values[0].variance))
         return None
 
-    def _averages(self, node: fx.Node) -> bool:
-        """Whether the node is a mean over all of a convolution's positions."""
-        if node.target not in (torch.mean, "mean"):
-            return False
-        shape, result = self.metas[node.all_input_nodes[0].name].shape, self.metas[node.name].shape
-        return len(shape) > 2 and result[:2] == shape[:2] and all(size == 1 for size in result[2:])
+    def _shape_before(self, node: fx.Node) -> Shape:
+        return self.metas[node.all_input_nodes[0].name].shape
 
-    def _keeps_channels(self, graph_module: fx.GraphModule, node: fx.Node) -> bool:
-        """Whether the node flattens a value with one position left."""
-        flattens = node.target in (torch.flatten, "flatten")
-        if node.op == "call_module":
-            flattens = isinstance(graph_module.get_submodule(str(node.target)), nn.Flatten)
-        if not flattens:
+    def _averages(self, node: fx.Node, module: nn.Module | None) -> bool:
+        """Whether the node is a mean over positions, all or some, and over nothing beside them."""
+        dims = len(self._shape_before(node))
+        if module is None and node.target in (torch.mean, "mean"):
+            over = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else ())
+            over = over if isinstance(over, tuple | list) else (over,)
+            return bool(over) and all(isinstance(dim, int) and dim % dims > 1 for dim in over)
+        if AVERAGES.get(node.target if module is None else type(module)) != dims - 2:
             return False
-        shape, result = self.metas[node.all_input_nodes[0].name].shape, self.metas[node.name].shape
-        return len(result) == 2 and result == shape[:2]
+        given = dict(zip(POOL_OPTIONS, node.args, strict=False))
+        options: dict[str, Any] = {**given, **node.kwargs} if module is None else vars(module)
+        padding = options.get("padding", 0)
+        is_padded = any(padding if isinstance(padding, tuple | list) else (padding,))
+        counts_padding = is_padded and options.get("count_include_pad", True)
+        return not counts_padding and options.get("divisor_override") is None
+
+    def _flattens(self, node: fx.Node, module: nn.Module | None) -> bool:
+        """Whether the node makes (samples, channels * positions) of (samples, channels, *positions)."""
+        if not isinstance(module, nn.Flatten) and (module is not None or node.target not in RESHAPES):
+            return False
+        shape = self._shape_before(node)
+        return self.metas[node.name].shape == (shape[0], math.prod(shape[1:]))
 
 
 def _changed_in_place(graph_module: fx.GraphModule, node: fx.Node) -> list[str]:
@@ -140,28 +161,36 @@ def _changed_in_place(graph_module: fx.GraphModule, node: fx.Node) -> list[str]:
     return [node.all_input_nodes[0].name] if in_place and node.all_input_nodes else []
 
 
-def _parts(values: list[Normal]) -> tuple[list[Tensor], list[Tensor]]:
-    return [value.mean for value in values], [value.variance for value in values]
+def _normalized(weight: Tensor | None, bias: Tensor | None, channels: int) -> Normal:
+    mean = torch.zeros(channels) if bias is None else bias.detach()
+    deviation = torch.ones(channels) if weight is None else weight.detach()
+    return Normal(mean.double(), deviation.double().square())
 
 
-def _normalized(weight: Tensor | None, bias: Tensor | None) -> Normal | None:
-    if weight is None or bias is None:
-        return None
-    return Normal(bias.detach().double(), weight.detach().double().square())
+def _repeated(value: Normal, count: int) -> Normal:
+    """Each channel so many times, one after another."""
+    variance = None if value.variance is None else value.variance.repeat_interleave(count)
+    return Normal(value.mean.repeat_interleave(count), variance)
+
+
+def _sum(left: Normal, right: Normal) -> Normal:
+    """Of two independent values."""
+    mean = left.mean + right.mean
+    if left.variance is None or right.variance is None:
+        return Normal(mean, None)
+    return Normal(mean, left.variance + right.variance)
 
 
 def _through_module(module: nn.Module, value: Normal) -> Normal | None:
     if isinstance(module, ELEMENTWISE_MODULES):
         return _through(value, module)
-    if isinstance(module, SAME):
-        return value
-    if isinstance(module, AVERAGES):
-        return Normal(value.mean, torch.zeros_like(value.variance))
-    return None
+    return value if isinstance(module, SAME) else None
 
 
-def _through(value: Normal, function: Any) -> Normal:
-    """Mean and variance of a function of a normal variable."""
+def _through(value: Normal, function: Any) -> Normal | None:
+    """Mean and variance of a function of a normal variable; None where its variance is not known."""
+    if value.variance is None:
+        return None
     points, weights = (torch.from_numpy(array) for array in np.polynomial.hermite_e.hermegauss(POINTS))
     weights = weights / weights.sum()
     with torch.no_grad():

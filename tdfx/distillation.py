@@ -23,6 +23,7 @@ from tdfx.errors import InputError
 from tdfx.features import mismatch, observed
 from tdfx.files import replacing
 from tdfx.inputs import run, tensors
+from tdfx.precision import at_least_float32, in_float32, is_half
 from tdfx.records.plan import MOST_SEED
 
 Found = TypeVar("Found")
@@ -46,7 +47,7 @@ class Task:
 
     Attributes:
         inputs: one tensor for each input of the network, all samples.
-        wanted: outputs for them, floats with a row for each sample.
+        wanted: outputs for them, floats (float32 at least) with a row for each sample.
         chosen: which of the network's outputs these are.
         output: "logits" or "values", as ``divergence`` takes it.
         trained: indices of the samples to train on.
@@ -121,7 +122,7 @@ class Guide:
         self.original = original
         self.names = tuple(names)
         values = self._values(first)
-        self.variances = [variance(value) for value in values]
+        self.variances = [variance(at_least_float32(value)) for value in values]
         self.orders = [_memory_order(value) for value in values]
         shapes = [(count, *v.permute(order).shape[1:]) for v, order in zip(values, self.orders, strict=True)]
         is_small = KEPT_AS.itemsize * sum(map(math.prod, shapes)) <= MOST_KEPT
@@ -162,7 +163,12 @@ def _memory_order(value: Tensor) -> list[int]:
 class Student:
     """A copy of a network in training; what was given stays as it is.
 
+    A network in float16 or bfloat16 trains in float32, since most steps are too small for its weights. What counts is
+    its divergence with weights rounded to its own precision, computed in that.
+
     Attributes:
+        returned: the network in its own precision.
+        network: that in training; the same one, but for networks in float16 or bfloat16.
         step: steps taken.
         total: steps of the schedule; to be set before the first one.
         before: divergence on the held-out samples at the start.
@@ -191,11 +197,12 @@ class Student:
         self.batch_size = batch_size
         self.seed = seed
         self.train_mode = train_mode
-        self.network = observed(copy.deepcopy(module), () if guide is None else guide.names)
+        self.returned = observed(copy.deepcopy(module), () if guide is None else guide.names)
+        self.network = in_float32(self.returned) if is_half(self.returned) else self.returned
         self.weights = [weight for weight in self.network.parameters() if weight.is_floating_point()]
         for weight in self.weights:
             weight.requires_grad_(True)
-        self.best = _snapshot(self.network)
+        self.best = _snapshot(self.returned)
         self.total = 0
         self.seconds = 0.0
         self.restart()
@@ -229,10 +236,15 @@ class Student:
         return True
 
     def evaluate(self) -> float:
-        """Divergence on the held-out samples."""
-        self.network.eval()
+        """Divergence of the network to be returned, on the held-out samples."""
+        if self.returned is not self.network:
+            set_state(self.returned, dict(_state(self.network)))
+        return self._divergence(self.returned)
+
+    def _divergence(self, network: fx.GraphModule) -> float:
+        network.eval()
         with torch.no_grad():
-            parts = [self.task.found(self.network, rows) for rows in torch.split(self.task.held, self.batch_size)]
+            parts = [self.task.found(network, rows) for rows in torch.split(self.task.held, self.batch_size)]
             found = [torch.cat(part) for part in zip(*parts, strict=True)]
             return self.task.divergence(found, self.task.held).item()
 
@@ -240,7 +252,7 @@ class Student:
         """Makes this state the best one if it is on the held-out samples."""
         found = self.evaluate()
         if found < self.least:
-            self.least, self.best = found, _snapshot(self.network)
+            self.least, self.best = found, _snapshot(self.returned)
 
     def save(self, path: Path) -> None:
         """Writes all that ``resume`` needs to go on as if nothing had happened; whole or not at all."""
@@ -262,7 +274,8 @@ class Student:
 
     def _first_divergence(self) -> float:
         try:
-            return in_fastest_layout(self.network, self.evaluate)
+            found = in_fastest_layout(self.network, lambda: self._divergence(self.network))
+            return found if self.returned is self.network else self.evaluate()
         except Exception as error:
             raise InputError(
                 f"the compressed network does not run on {self.batch_size} samples of the data at once: "

@@ -51,13 +51,19 @@ class OutputLoss:
             first: number of the batch's first sample.
 
         Raises:
-            InputError: the loss is no number or depends on no layer; names the batch.
+            InputError: the network's output or the loss is no finite number; names the batch.
         """
         outputs = floats(list(tensors(output)))
         value = self._value(output, outputs, batch, first)
-        if not isinstance(value, Tensor) or not value.isfinite().all():
-            raise InputError(f"batch {batch.index} of the data: the loss is {_shown(value)}; expected a finite tensor")
-        return value.sum()
+        if isinstance(value, Tensor) and value.isfinite().all():
+            return value.sum()
+        where, found = f"batch {batch.index} of the data", _not_finite(outputs)
+        if found is not None and isinstance(value, Tensor):
+            raise InputError(
+                f"{where}: the network's output holds {found} though its inputs are finite; run the model on that "
+                "batch, and check its weights and its dtype (float16 ends at 65504)"
+            )
+        raise InputError(f"{where}: the loss is {_shown(value)}; expected a finite tensor")
 
     def _value(self, output: Any, outputs: Sequence[Tensor], batch: Batch, first: int) -> Any:
         if self.loss is not None:
@@ -84,6 +90,7 @@ def _drawn_cross_entropy(logits: Tensor, seeds: Sequence[int]) -> Tensor:
     drawn = [torch.rand(len(logits) // len(seeds), generator=_generator(seed), dtype=torch.float64) for seed in seeds]
     edges = logits.detach().double().softmax(-1).cumsum(-1)
     targets = torch.searchsorted(edges, torch.cat(drawn).to(edges.device)[:, None] * edges[:, -1:])
+    targets = targets.clamp_max(logits.shape[1] - 1)  # NaN lies behind all classes; the loss of it is NaN
     return F.cross_entropy(logits, targets[:, 0], reduction="sum")
 
 
@@ -101,6 +108,13 @@ def _seed(seed: int, sample: int) -> int:
 
 def _generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def _not_finite(values: Sequence[Tensor]) -> str | None:
+    """What the values hold that is no finite number."""
+    if any(value.isnan().any() for value in values):
+        return "NaN"
+    return "Inf" if any(value.isinf().any() for value in values) else None
 
 
 def _shown(value: object) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,11 @@ class Replay:
         if self._first is not None:
             _write(folder, self._first)
             self._first = None
+
+    def touch(self) -> None:
+        """Marks the folder as in use, which reading from it does not."""
+        if self._folder is not None and self._folder.exists():
+            os.utime(self._folder)
 
     def read(self, start: int = 0) -> Iterator[Batch]:
         """The batches from this number on.

@@ -68,6 +68,22 @@ def test_values_without_a_row_a_sample_are_not_kept(model: Net) -> None:
     assert guide(model).kept is None
 
 
+@pytest.mark.parametrize("most", [0, 10**6])
+def test_large_values_in_half_precision_count_as_in_float32(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their squares are beyond float16."""
+    monkeypatch.setattr(distillation, "MOST_KEPT", most)
+    model = net()
+    with torch.no_grad():
+        model.first.weight.mul_(2000)
+        first = model.first(X[ROWS])
+    got, data = [first * 1.1, first.relu()], X.half()
+    wide = guide(model).mismatch(got, [X], ROWS)
+    half = Guide(observed(fx.symbolic_trace(model.eval().half()), ["first", "relu"]), ["a", "b"], [data[:6]], len(X))
+    with torch.no_grad():
+        half.keep(0, half.original(data)[1])
+    torch.testing.assert_close(half.mismatch(got, [data], ROWS), wide, rtol=0.05, atol=0)
+
+
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_values_of_any_layout_are_kept(layout: torch.memory_format) -> None:
     images = torch.randn(4, 3, 6, 5, generator=torch.Generator().manual_seed(0))

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from uuid import uuid4
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from tdfx.divergence import resolve_output
 from tdfx.errors import InputError, OptionError, TdfxError
 from tdfx.fisher import Loss, OutputLoss
 from tdfx.inputs import run
+from tdfx.leftovers import remove_leftovers
 from tdfx.metrics import find_metric, needs_moments
 from tdfx.moments import Moments, SiteMoments
 from tdfx.passes.calibrate import Sums
@@ -73,8 +75,8 @@ def calibrate(
         memory_limit: for the sums of one reading, in bytes or as "500MB"; sites that do not fit together are
             calibrated one reading after another.
         seed: of the drawn targets, 0 or more.
-        cache_dir: folder that keeps the moments, and what an interrupted run goes on from. Moments of a loss of
-            your own are not kept.
+        cache_dir: folder that keeps the moments, and what an interrupted run goes on from, until nothing has been
+            written to that for a week. Moments of a loss of your own are not kept.
         progress: a function, True, False, or None for a bar on terminals only.
 
     Returns:
@@ -191,6 +193,7 @@ class _Cache:
         if self.folder is None or (CHECKPOINT_S and time.monotonic() < self._due):
             return
         start = time.monotonic()
+        self.replay.touch()
         sweep.save(self._running, self.replay.digests(sweep.batches))
         self._due = time.monotonic() + max(CHECKPOINT_S, (time.monotonic() - start) / MOST_WRITING)
 
@@ -232,7 +235,8 @@ def _cache(cache_dir: str | Path | None, replay: Replay, identity: str | None, s
         return
     first = " ".join(replay.digests(1))
     key = hashlib.sha256(f"{identity} {first}".encode()).hexdigest()[:32]
-    kept = Path(cache_dir) / f"batches-{key}"
+    remove_leftovers(Path(cache_dir), key)
+    kept = Path(cache_dir) / f"batches-{uuid4().hex}"  # its own: the same run may be under way in another process
     replay.keep_in(kept)
     try:
         yield _Cache(replay, Path(cache_dir), key)

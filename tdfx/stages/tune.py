@@ -24,7 +24,9 @@ from tdfx.errors import InputError, OptionError
 from tdfx.features import observed, paired_nodes
 from tdfx.fingerprint import tensor_digest, weights_fingerprint
 from tdfx.inputs import run
+from tdfx.leftovers import remove_leftovers
 from tdfx.passes.capture import isolate
+from tdfx.precision import at_least_float32
 from tdfx.progress import Report as ProgressReport
 from tdfx.progress import reporter
 from tdfx.records.inputs import InputSpec
@@ -62,7 +64,8 @@ def tune(
 
     A part of the samples is held out. The weights returned are those, of the ones put in and of a few states on the
     way, whose outputs diverge least from the original's there: on the held-out part they are never worse than what was
-    put in. A network with BatchNorm and Dropout (``trainable=True``) trains in train mode, any other in eval mode.
+    put in. A network with BatchNorm and Dropout (``trainable=True``) trains in train mode, any other in eval mode. One
+    in float16 or bfloat16 trains in float32; its weights are returned, and judged, in its own precision.
 
     Args:
         result: what ``compress`` or ``apply`` returned; it stays as it is.
@@ -79,7 +82,8 @@ def tune(
         features: match what the original's blocks hand on inside, besides the outputs; only with ``result.original``,
             whose layers are known. With it, training is mostly by these values.
         seed: of the split, the order of the samples and Dropout.
-        cache_dir: folder for the state of the run, from which an interrupted one goes on; removed at its end.
+        cache_dir: folder for the state of the run, from which an interrupted one goes on; the state is removed at its
+            end, or once it is a week old.
         progress: a function, True, False, or None for a bar on terminals only.
 
     Returns:
@@ -100,7 +104,9 @@ def tune(
     if folder is not None:
         digests = (*map(weights_fingerprint, (result.module, teacher)), *map(tensor_digest, task.inputs))
         key = repr((VERSION, digests, task.output, settings))
-        path = folder / f"tune-{hashlib.sha256(key.encode()).hexdigest()[:32]}.pt"
+        digest = hashlib.sha256(key.encode()).hexdigest()[:32]
+        remove_leftovers(folder, digest)
+        path = folder / f"tune-{digest}.pt"
     with reporter(progress) as report, torch.enable_grad(), torch.random.fork_rng(devices=[]):
         student = Student(
             _graph(result),
@@ -198,7 +204,7 @@ def _lesson(
     except Exception as error:
         raise InputError(f"the original does not run on the data: {reason(error)}") from error
     kept = tuple(sorted(chosen or ()))
-    wanted = tuple(torch.cat([part[index] for part in parts]) for index in kept)
+    wanted = tuple(at_least_float32(torch.cat([part[index] for part in parts])) for index in kept)
     output = resolve_output(settings.output, wanted, inputs)
     return Task.split(inputs, wanted, kept, output, settings.held_out, settings.seed), guide
 

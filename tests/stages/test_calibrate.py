@@ -329,6 +329,34 @@ def test_data_that_cannot_be_used() -> None:
         calibrate(captured(), [images()], loss=lambda output, labels: output.sum() / 0)
 
 
+class Blurting(nn.Module):
+    """Adds to one output of samples whose first input is above 5 what is given."""
+
+    def __init__(self, added: float) -> None:
+        super().__init__()
+        self.layer, self.added = nn.Linear(4, 3), added
+
+    def forward(self, x: Tensor) -> Tensor:
+        there = (x[:, :1] > 5) & (torch.arange(3) == 1)
+        return torch.where(there, self.added, self.layer(x))
+
+
+@pytest.mark.parametrize("output", ["logits", "values"])
+@pytest.mark.parametrize(("added", "what"), [(torch.nan, "NaN"), (torch.inf, "Inf")])
+def test_an_output_that_is_no_number_is_named(output: str, added: float, what: str) -> None:
+    data = torch.randn(9, 4, generator=torch.Generator().manual_seed(0))
+    data[7, 0] = 6.0
+    message = rf"batch 2 of the data: the network's output holds {what} though its inputs are finite; .* dtype"
+    with pytest.raises(InputError, match=message):
+        calibrate(capture(Blurting(added), torch.zeros(2, 4)), list(data.split(3)), output=output)  # type: ignore[no-untyped-call]
+
+
+def test_logits_of_minus_infinity_are_classes_that_cannot_be() -> None:
+    data = torch.randn(9, 4, generator=torch.Generator().manual_seed(0))
+    data[7, 0] = 6.0
+    assert list(calibrate(capture(Blurting(-torch.inf), torch.zeros(2, 4)), data, output="logits").sites) == ["layer"]
+
+
 def test_sites_whose_values_overflow_are_skipped() -> None:
     class Overflow(nn.Module):
         def __init__(self) -> None:

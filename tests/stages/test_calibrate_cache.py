@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -158,4 +160,69 @@ def test_a_killed_run_goes_on(
     found = calibrate(captured(), given, output="values", memory_limit=LIMIT, cache_dir=tmp_path)
     assert len(runs) == 15 - done
     assert_same(found, calibrate(captured(), parts, output="values", memory_limit=LIMIT))
-    assert [path.name.partition("-")[0] for path in tmp_path.iterdir()] == ["moments"]
+    assert not list(tmp_path.glob("partial-*"))
+    age(tmp_path)
+    calibrate(captured(), parts, cache_dir=tmp_path)  # whatever runs next
+    assert {path.name.partition("-")[0] for path in tmp_path.iterdir()} == {"moments"}
+
+
+def age(folder: Path, days: float = 8) -> None:
+    """As if nothing had happened there since."""
+    then = time.time() - days * 86400
+    for path in folder.iterdir():
+        os.utime(path, (then, then))
+
+
+def killed(folder: Path, parts: list[Tensor]) -> None:
+    """Leaves what a run that is killed at the third batch leaves."""
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(stage, "CHECKPOINT_S", 0.0)
+        patched.setattr("shutil.rmtree", lambda *args, **kwargs: None)
+        calibrate(captured(), broken_off(parts, 3), cache_dir=folder)
+
+
+@pytest.mark.parametrize(("days", "left"), [(6.9, {"moments", "batches", "partial", ".tdfx"}), (7.1, {"moments"})])
+def test_leftovers_of_killed_runs_go_when_nobody_comes_back(days: float, left: set[str], tmp_path: Path) -> None:
+    parts = list(images().split(2))  # type: ignore[no-untyped-call]
+    killed(tmp_path, parts)
+    assert {path.name.partition("-")[0] for path in tmp_path.iterdir()} == {"batches", "partial", ".tdfx"}
+    age(tmp_path, days)
+    calibrate(captured(), iter(parts[::-1]), cache_dir=tmp_path)  # shuffled: of another key
+    assert {path.name.partition("-")[0] for path in tmp_path.iterdir()} == left
+
+
+def test_a_killed_run_goes_on_after_months(tmp_path: Path, runs: list[Tensor]) -> None:
+    parts = list(images().split(2))  # type: ignore[no-untyped-call]
+    killed(tmp_path, parts)
+    age(tmp_path, 100)
+    calibrate(captured(), iter(parts), cache_dir=tmp_path)
+    assert len(runs) == len(parts)
+
+
+def test_the_same_run_beside_it_does_no_harm(tmp_path: Path) -> None:
+    """Both have the same key; the one that ends first removes its own batches alone."""
+    parts = list(images().split(2))  # type: ignore[no-untyped-call]
+
+    def loader() -> Iterator[Tensor]:
+        yield from parts[:4]
+        calibrate(captured(), iter(parts), memory_limit=LIMIT, cache_dir=tmp_path)
+        yield parts[4] + 1  # otherwise the other's moments would be taken
+
+    found = calibrate(captured(), loader(), memory_limit=LIMIT, cache_dir=tmp_path)
+    assert_same(found, calibrate(captured(), [*parts[:4], parts[4] + 1], memory_limit=LIMIT))
+
+
+def test_a_run_that_only_reads_its_batches_again_shows_that_it_lives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stage, "CHECKPOINT_S", 0.0)
+    parts = list(images().split(2))  # type: ignore[no-untyped-call]
+    ages: list[float] = []
+
+    def report(description: str, done: int, total: int) -> None:
+        (kept,) = tmp_path.glob("batches-*")
+        ages.append(time.time() - kept.stat().st_mtime)
+        age(tmp_path, 8)
+
+    calibrate(captured(), iter(parts), memory_limit=LIMIT, cache_dir=tmp_path, progress=report)
+    assert len(ages) == 15 and max(ages) < 86400

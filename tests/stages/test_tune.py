@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -13,9 +14,11 @@ import torch
 from networks import build
 from torch import Tensor, fx, nn
 
+from tdfx import distillation
 from tdfx.divergence import divergence, variance
 from tdfx.errors import InputError, OptionError
 from tdfx.features import mismatch, observed, paired_nodes
+from tdfx.precision import HALVES, in_float32
 from tdfx.records.result import Result
 from tdfx.saving import load, save
 from tdfx.stages import tune as stage
@@ -436,3 +439,107 @@ def test_an_original_that_is_given_has_no_known_layers() -> None:
 def test_features_is_a_flag() -> None:
     with pytest.raises(OptionError, match="features is 'all'; expected True or False"):
         quick(of_zoo("vgg"), samples("vgg"), features="all")
+
+
+@cache
+def half_of_zoo(name: str, dtype: torch.dtype, trainable: bool = False, budget: str = "flops=30%") -> Result:
+    """Not to be changed."""
+    model, inputs = build(name)
+    return compressed(model.to(dtype), tuple(value.to(dtype) for value in inputs), trainable=trainable, budget=budget)
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+@pytest.mark.parametrize("features", [False, True])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_half_precision_trains_in_float32_and_is_judged_in_its_own(
+    dtype: torch.dtype, features: bool, trainable: bool
+) -> None:
+    result, data = half_of_zoo("vgg", dtype, trainable), samples("vgg")
+    before = states(result)
+    tuned = quick(result, data, features=features)
+    first, last = before_and_after(tuned)
+    assert last < 0.7 * first and "no number" not in tuned.report.notes[-1]
+    assert {value.dtype for value in states(tuned).values() if value.is_floating_point()} == {dtype}
+    assert agree(states(result), before)
+    found = [measured(entry, (data[0].to(dtype),), "logits", held=6) for entry in (result, tuned)]
+    torch.testing.assert_close([first, last], found, rtol=0.02, atol=0)
+
+
+class Coarse(nn.Module):
+    """In float16 it rounds to multiples of 2 what it hands on; in float32 hardly."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(12, 24)
+        self.last = nn.Linear(24, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.last((4 * self.first(x) + 2048) - 2048)
+        return found
+
+
+@pytest.mark.parametrize("learning_rate", [1e-6, 1e-2])
+def test_what_half_precision_makes_of_the_weights_counts(learning_rate: float) -> None:
+    torch.manual_seed(0)
+    data = torch.randn(64, 12).half()
+    result = compressed(Coarse().half().eval(), data[:2], budget="flops=60%")
+    tuned = quick(result, data, output="values", learning_rate=learning_rate)
+    assert isinstance(result.original, fx.GraphModule) and isinstance(result.module, fx.GraphModule)
+    wide = replace(result, original=in_float32(result.original), module=in_float32(result.module))
+    held = [measured(entry, (data,), "values", held=16) for entry in (result, tuned, wide)]
+    torch.testing.assert_close(list(before_and_after(tuned)), held[:2], rtol=0.02, atol=0)
+    assert held[1] <= held[0] and abs(held[2] / held[0] - 1) > 0.05
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_a_senseless_learning_rate_does_no_harm_in_half_precision(dtype: torch.dtype) -> None:
+    result = half_of_zoo("vgg", dtype)
+    assert agree(states(quick(result, samples("vgg"), learning_rate=1e30)), states(result))
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_large_values_in_half_precision(kept: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their squares are beyond float16."""
+    if not kept:
+        monkeypatch.setattr(distillation, "MOST_KEPT", 0)
+    torch.manual_seed(0)
+    first = nn.Linear(12, 24)
+    with torch.no_grad():
+        first.weight.mul_(1000)
+        first.bias.mul_(1000)
+    model = nn.Sequential(first, nn.ReLU(), nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, 6))
+    data = torch.randn(200, 12).half()
+    result = compressed(model.half().eval(), data[:2], budget="flops=60%")
+    tuned = quick(result, data, output="values", features=True, learning_rate=1e-2)
+    before, after = before_and_after(tuned)
+    assert 0.05 < before < 1 and after < 0.9 * before and "no number" not in tuned.report.notes[-1]
+
+
+def test_an_interrupted_run_in_half_precision_goes_on(tmp_path: Path) -> None:
+    result, data = half_of_zoo("vgg", torch.bfloat16), samples("vgg")
+    steps: list[int] = []
+    with pytest.raises(Stopped):
+        quick(result, data, cache_dir=tmp_path, progress=stop_at(8))
+    tuned = quick(result, data, cache_dir=tmp_path, progress=lambda *entry: steps.append(entry[1]))
+    assert 1 < steps[0] <= 9
+    assert agree(states(tuned), states(quick(result, data)))
+
+
+def test_states_of_killed_runs_go_when_nobody_comes_back(tmp_path: Path) -> None:
+    result, data = of_zoo("vgg"), samples("vgg")
+    with pytest.raises(Stopped):
+        quick(result, data, cache_dir=tmp_path, progress=stop_at(8))
+    (path,) = tmp_path.iterdir()
+    os.utime(path, (0, 0))
+    quick(result, (data[0].flip(0),), cache_dir=tmp_path, epochs=1)  # shuffled
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_old_state_of_the_same_run_is_gone_on_from(tmp_path: Path) -> None:
+    result, data, steps = of_zoo("vgg"), samples("vgg"), list[int]()
+    with pytest.raises(Stopped):
+        quick(result, data, cache_dir=tmp_path, progress=stop_at(8))
+    (path,) = tmp_path.iterdir()
+    os.utime(path, (0, 0))
+    quick(result, data, cache_dir=tmp_path, progress=lambda *entry: steps.append(entry[1]))
+    assert steps[0] > 1
