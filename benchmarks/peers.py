@@ -1,4 +1,4 @@
-"""Other ways to the same budgets, on the same images: for ``accuracy.py``.
+"""Other ways to the same budgets: for ``accuracy.py``, on the same images, and for ``latency.py``.
 
 ``Balf`` follows arXiv 2509.25136 as described there: the unfolded convolution is cut by an SVD whitened with the
 uncentred second moment of its input, the energy kept is normalised by layer, and ranks come from a Lagrangian
@@ -89,7 +89,9 @@ class _Layer:
         return (self.left[:, :rank] @ self.right[:rank]).reshape(self.dense.shape)
 
 
-def uniform_rank(model: nn.Module, example: Tensor, share: float, factorization: str) -> tuple[nn.Module, float]:
+def uniform_rank(
+    model: nn.Module, example: Tensor, share: float, factorization: str, *, decompose: bool = True
+) -> tuple[nn.Module, float]:
     """tensorly-torch's factorized convolutions at one share of parameters, the largest that keeps the budget.
 
     Args:
@@ -97,13 +99,14 @@ def uniform_rank(model: nn.Module, example: Tensor, share: float, factorization:
         example: an input, for counting.
         share: of the FLOPs.
         factorization: "cp" or "tucker".
+        decompose: False for random factors, which take as long.
     """
     from tltorch import FactorizedConv
 
     def factorized(rank: float, *, decompose: bool) -> nn.Module:
         network = copy.deepcopy(model)
         for name, layer in list(network.named_modules()):
-            if isinstance(layer, nn.Conv2d) and layer.in_channels > 3:
+            if isinstance(layer, nn.Conv2d) and layer.in_channels > 3 and layer.groups == 1:
                 parent, _, key = name.rpartition(".")
                 made = FactorizedConv.from_conv(
                     layer,
@@ -123,7 +126,7 @@ def uniform_rank(model: nn.Module, example: Tensor, share: float, factorization:
         low, high = (middle, high) if fits else (low, middle)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Tucker ranks above a mode's size are cut to it
-        network = factorized(low, decompose=True)
+        network = factorized(low, decompose=decompose)
     return network, _macs(network, example) / total
 
 
@@ -167,6 +170,37 @@ def greedy_spatial_svd(model: nn.Module, example: Tensor, calibration: Tensor, s
     return network.eval(), _macs(network, example) / _macs(model, example)
 
 
+def uniform_spatial_svd(model: nn.Module, example: Tensor, share: float) -> tuple[nn.Module, float]:
+    """AIMET's spatial SVD with one ratio for all convolutions but the first.
+
+    Args:
+        model: the network.
+        example: an input, for counting.
+        share: of the multiply-accumulates of every such layer.
+    """
+    _define_torchvision_operators()
+    from contextlib import chdir  # of Python 3.11
+
+    from aimet_torch.common.defs import CompressionScheme, CostMetric
+    from aimet_torch.compress import ModelCompressor
+    from aimet_torch.defs import ModuleCompRatioPair, SpatialSvdParameters
+
+    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d) and max(m.kernel_size) > 1]
+    pairs = [ModuleCompRatioPair(layer, Decimal(str(share))) for layer in convolutions[1:] if layer.groups == 1]
+    manual = SpatialSvdParameters.ManualModeParams(pairs)
+    with tempfile.TemporaryDirectory() as folder, chdir(folder):
+        network, _ = ModelCompressor.compress_model(
+            model,
+            lambda network, iterations, use_cuda=False: 0.0,
+            None,
+            tuple(example.shape),
+            CompressionScheme.spatial_svd,
+            CostMetric.mac,
+            SpatialSvdParameters(SpatialSvdParameters.Mode.manual, manual),
+        )
+    return network.eval(), _macs(network, example) / _macs(model, example)
+
+
 @cache
 def _define_torchvision_operators() -> torch.library.Library:
     """What torchvision misses beside a build of torch that its own operators were not built for."""
@@ -177,9 +211,9 @@ def _define_torchvision_operators() -> torch.library.Library:
 
 
 def pruned(model: nn.Module, example: Tensor, share: float) -> tuple[nn.Module, float]:
-    """torch-pruning's magnitude pruning of the channels inside residual blocks, the least that keeps the budget.
+    """torch-pruning's magnitude pruning, the least that keeps the budget.
 
-    Channels on the residual stream stay: the shortcuts pad by fixed numbers of channels.
+    Of residual networks only the channels inside blocks: some shortcuts pad by fixed numbers of channels.
     """
     import torch_pruning
 
@@ -189,7 +223,9 @@ def pruned(model: nn.Module, example: Tensor, share: float) -> tuple[nn.Module, 
     for _ in range(7):
         middle = (low + high) / 2
         network = copy.deepcopy(model)
-        kept = [m for n, m in network.named_modules() if isinstance(m, nn.Conv2d | nn.Linear) and ".conv1" not in n]
+        layers = {n: m for n, m in network.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
+        inside = [name for name in layers if ".conv1" in name] or list(layers)[:-1]
+        kept = [layer for name, layer in layers.items() if name not in inside]
         pruner = torch_pruning.pruner.MagnitudePruner(
             network, example, importance=torch_pruning.importance.MagnitudeImportance(), pruning_ratio=middle,
             ignored_layers=kept,
