@@ -31,6 +31,9 @@ Found = TypeVar("Found")
 WARM_UP, LEAST_SHARE = 0.1, 0.04
 """Share of the steps in which the learning rate rises, and share of its peak that it starts from."""
 
+HIGHEST_RATE, STEPS_OF_HIGHEST, LEAST_RATE_SHARE = 1e-3, 1000, 0.3
+"""Peak learning rate, the steps from which a run has it, and the share of it that the shortest runs have."""
+
 WEIGHT_DECAY = 0.01
 FEATURES = 1000.0  # weight of the mismatch inside, beside the divergence of the outputs
 LARGEST_GRADIENT = 1.0
@@ -185,7 +188,7 @@ class Student:
         module: fx.GraphModule,
         task: Task,
         *,
-        learning_rate: float,
+        learning_rate: float | None,
         batch_size: int,
         seed: int,
         train_mode: bool,
@@ -229,8 +232,9 @@ class Student:
         self.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(self.weights, LARGEST_GRADIENT)
+        peak = peak_learning_rate(self.total) if self.learning_rate is None else self.learning_rate
         for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate * one_cycle(self.step / self.total)
+            group["lr"] = peak * one_cycle(self.step / self.total)
         self.optimizer.step()
         self.step += 1
         return True
@@ -295,6 +299,14 @@ def in_fastest_layout(network: nn.Module, attempt: Callable[[], Found]) -> Found
     except RuntimeError:  # Tensor.view refuses some of what comes out of them
         _set_layout(convolutions, torch.contiguous_format)
     return attempt()
+
+
+def peak_learning_rate(steps: int) -> float:
+    """The peak for a run of so many steps: few of them cannot make good what large ones undo.
+
+    At 1e-3 a CIFAR ResNet-56 is worse after 30 steps than before; at 3e-4 it has most of what 160 steps gain.
+    """
+    return HIGHEST_RATE * min(max(math.sqrt(steps / STEPS_OF_HIGHEST), LEAST_RATE_SHARE), 1.0)
 
 
 def one_cycle(done: float) -> float:

@@ -6,7 +6,7 @@ import copy
 import hashlib
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -40,6 +40,9 @@ EVALUATIONS = 8
 MOST_EPOCHS = 50
 """Of a run that only minutes limit; with more of them, small networks learn the samples by heart."""
 
+ORIGINAL_SHARE = 0.25
+"""Of the minutes, that the original may take for its outputs on all samples."""
+
 TRIAL_STEPS, TRIAL_S = 3, 2.0
 SAVE_S = 20.0
 
@@ -52,7 +55,7 @@ def tune(
     output: str = "auto",
     epochs: int | None = None,
     minutes: float | None = 3.0,
-    learning_rate: float = 1e-3,
+    learning_rate: float | None = None,
     batch_size: int = 32,
     held_out: float = 0.125,
     features: bool = True,
@@ -75,8 +78,9 @@ def tune(
         output: "logits" (KL divergence), "values" (squared error over variance) or "auto", which goes by shapes.
         epochs: how often every sample is seen; with it, the run depends on nothing but inputs and options.
         minutes: without ``epochs``, about how long it takes: as many steps as fit by the time that the first ones
-            take on this machine; where there is time for an epoch, whole epochs of them, 50 at most.
-        learning_rate: peak of the one-cycle schedule.
+            take on this machine; where there is time for an epoch, whole epochs of them, 50 at most. Where the original
+            would take over a quarter of it for all samples, they are a part, drawn by the seed.
+        learning_rate: peak of the one-cycle schedule; None for 1e-3, and less for runs of less than 1,000 steps.
         batch_size: samples a step.
         held_out: share of the samples that are held out.
         features: match what the original's blocks hand on inside, besides the outputs; only with ``result.original``,
@@ -132,7 +136,7 @@ class _Settings:
     output: str
     epochs: int | None
     minutes: float | None
-    learning_rate: float
+    learning_rate: float | None
     batch_size: int
     held_out: float
     features: bool
@@ -152,7 +156,7 @@ class _Settings:
         for name, most in (("minutes", math.inf), ("learning_rate", math.inf), ("held_out", 1.0)):
             value = getattr(self, name)
             is_inside = _is_number(value, int | float, 0.0, most) and value not in (0.0, most)
-            if not is_inside and (name, value) != ("minutes", None):
+            if not is_inside and (name, value) not in (("minutes", None), ("learning_rate", None)):
                 raise OptionError(f"{name} is {value!r}; expected a number between 0 and {most}, neither included")
 
 
@@ -190,6 +194,7 @@ def _lesson(
     try:
         first = [value[:size] for value in inputs]
         in_fastest_layout(network, lambda: outputs(first, network))
+        inputs = _affordable(inputs, settings, lambda: outputs(first, network))
         with plain_attention():
             guide = _guide(result, network, first, len(inputs[0])) if matches_inside else None
         for start in range(0, len(inputs[0]), size):
@@ -207,6 +212,20 @@ def _lesson(
     wanted = tuple(at_least_float32(torch.cat([part[index] for part in parts])) for index in kept)
     output = resolve_output(settings.output, wanted, inputs)
     return Task.split(inputs, wanted, kept, output, settings.held_out, settings.seed), guide
+
+
+def _affordable(inputs: tuple[Tensor, ...], settings: _Settings, run_batch: Callable[[], object]) -> tuple[Tensor, ...]:
+    """The samples, or drawn ones of them, that the original runs on in its share of the minutes."""
+    if settings.epochs is not None or settings.minutes is None:
+        return inputs
+    started = time.perf_counter()
+    run_batch()
+    batches = int(ORIGINAL_SHARE * 60 * settings.minutes / (time.perf_counter() - started))
+    most, count = max(batches, 2) * settings.batch_size, len(inputs[0])
+    if most >= count:
+        return inputs
+    drawn = torch.randperm(count, generator=torch.Generator().manual_seed(settings.seed))[:most]
+    return tuple(value[drawn] for value in inputs)
 
 
 def _guide(result: Result, original: nn.Module, first: Sequence[Tensor], count: int) -> Guide | None:

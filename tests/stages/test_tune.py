@@ -252,11 +252,33 @@ def test_minutes_alone_end_at_fifty_epochs() -> None:
     assert "in 50 steps" in tuned.report.notes[-1]
 
 
-@pytest.mark.parametrize(("minutes", "steps"), [(33.3 / 60, 20), (150.5 / 60, 130), (0.001, 1)])
+def test_the_original_runs_on_as_many_samples_as_its_share_of_the_minutes_allows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(stage, "ORIGINAL_SHARE", 1e-9)
+    options: dict[str, Any] = {"minutes": 0.02, "batch_size": 4, "held_out": 0.25, "seed": 1}
+    tuned = tune(of_zoo("vgg"), samples("vgg", 40), **options)
+    assert "tuned on 6 samples" in tuned.report.notes[-1] and "on 2 held-out" in tuned.report.notes[-1]
+    whole = tune(of_zoo("vgg"), samples("vgg", 40), **{**options, "epochs": 1})
+    assert "tuned on 30 samples" in whole.report.notes[-1]
+
+
+def test_the_peak_learning_rate_is_lower_where_steps_are_few() -> None:
+    rates = [distillation.peak_learning_rate(steps) for steps in (1, 50, 100, 400, 1000, 10**6)]
+    assert rates == pytest.approx([3e-4, 3e-4, 3.1623e-4, 6.3246e-4, 1e-3, 1e-3], rel=1e-4)
+    result, data = of_zoo("vgg"), samples("vgg")
+    steps = 4 * (len(data) * 3 // 4 // 6)
+    chosen = quick(result, data, learning_rate=None)
+    assert agree(states(chosen), states(quick(result, data, learning_rate=distillation.peak_learning_rate(steps))))
+    assert not agree(states(chosen), states(quick(result, data)))
+
+
+@pytest.mark.parametrize(("minutes", "steps"), [(35.3 / 60, 20), (152.5 / 60, 130), (0.001, 1)])
 def test_minutes_decide_the_steps(minutes: float, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a clock of a second each time it is looked at: a second a step or evaluation."""
     clock = iter(range(10**6))
     monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr(stage, "ORIGINAL_SHARE", 1e6)
     tuned = tune(of_zoo("mixer"), samples("mixer", 140), minutes=minutes, batch_size=2, held_out=10 / 140)
     assert f"in {steps} steps" in tuned.report.notes[-1]
 
