@@ -3,8 +3,8 @@
     python benchmarks/accuracy.py --data DIR [--keep rows.jsonl]
 
 Budgets are shares of the whole model's FLOPs. Calibration images are drawn from the training set by seed, without their
-labels; top-1 is on the test images. Speed is the median time of the original over that of the result, both ONNX files
-run in turn in one process, one thread, batch 2. With --keep every finished row is written at once, and a run that was
+labels; top-1 is on the test images. Speed is the median, over rounds in which both ONNX files run once, of the
+original's time over the result's; one thread, batch 2. With --keep every finished row is written at once, and a run that was
 stopped goes on from there.
 """
 
@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 
 import torch
 from cifar import images, top1, trained_resnet
@@ -30,9 +30,10 @@ from peers import Balf, greedy_spatial_svd, pruned, uniform_rank
 from torch import Tensor, nn
 
 import tdfx
+from tdfx.latency import runner
+from tdfx.records.latency import Runtime
 from tdfx.stages.apply import carry_out
 from tdfx.tables import align
-from tdfx.timing import interleaved_medians
 
 Compress = Callable[[float], tuple[nn.Module, float]]
 """From a share of the FLOPs to a network and the share it has."""
@@ -262,9 +263,9 @@ def _speed(model: nn.Module, compressed: nn.Module, example: Tensor) -> float:
     with tempfile.TemporaryDirectory() as folder:
         paths = [Path(folder) / f"{name}.onnx" for name in ("before", "after")]
         for module, path in zip((model, compressed), paths, strict=True):
-            tdfx.export_onnx(module, path, example)
-        before_s, after_s = interleaved_medians(paths, [example.numpy()])
-    return before_s / after_s
+            tdfx.export_onnx(module, path, example, dynamic=None)
+        before, after = runner.network_times(list(map(str, paths)), Runtime().as_dict())
+    return median(a / b for a, b in zip(before, after, strict=True))
 
 
 def table(rows: Iterable[Row]) -> list[tuple[str, ...]]:
