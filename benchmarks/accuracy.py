@@ -4,8 +4,8 @@
 
 Budgets are shares of the whole model's FLOPs. Calibration images are drawn from the training set by seed, without their
 labels; top-1 is on the test images. Speed is the median, over rounds in which both ONNX files run once, of the
-original's time over the result's; one thread, batch 2. With --keep every finished row is written at once, and a run that was
-stopped goes on from there.
+original's time over the result's; one thread, batch 2. With --keep every finished row is written at once, and a run
+that was stopped goes on from there.
 """
 
 from __future__ import annotations
