@@ -9,11 +9,14 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from tdfx.passes.base import AnalysisPass
+from tdfx.passes.fold_batch_norm import BatchNorm
 from tdfx.passes.input_means import ADDITIONS
 from tdfx.passes.shape_prop import TensorMeta
 from tdfx.records.layer import Fused, Site
 
-RELUS = (F.relu, torch.relu, torch.relu_, "relu", "relu_")
+ATEN = torch.ops.aten
+RELUS = (F.relu, torch.relu, torch.relu_, ATEN.relu.default, ATEN.relu_.default, "relu", "relu_")
+SUMS = (*ADDITIONS, ATEN.add.Tensor, ATEN.add_.Tensor)
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,8 @@ class FusedOperators(AnalysisPass[dict[str, tuple[Fused, ...]]]):
 
     def _follows(self, graph_module: fx.GraphModule, call: fx.Node) -> Fused:
         user = _only_user(call)
+        if user is not None and _is_batch_norm(graph_module, user):  # folded when the network is exported
+            user = _only_user(user)
         if user is None:
             return ""
         if _is_relu(graph_module, user):
@@ -48,7 +53,7 @@ class FusedOperators(AnalysisPass[dict[str, tuple[Fused, ...]]]):
 
     def _is_add(self, node: fx.Node) -> bool:
         """Whether it is a sum of two tensors of the same shape."""
-        if node.op not in ("call_function", "call_method") or node.target not in ADDITIONS:
+        if node.op not in ("call_function", "call_method") or node.target not in SUMS:
             return False
         terms = [term for term in node.args if isinstance(term, fx.Node)]
         shapes = {self.metas[term.name].shape for term in terms if term.name in self.metas}
@@ -58,6 +63,10 @@ class FusedOperators(AnalysisPass[dict[str, tuple[Fused, ...]]]):
 def _only_user(node: fx.Node) -> fx.Node | None:
     users = list(node.users)
     return users[0] if len(users) == 1 else None
+
+
+def _is_batch_norm(graph_module: fx.GraphModule, node: fx.Node) -> bool:
+    return node.op == "call_module" and isinstance(graph_module.get_submodule(str(node.target)), BatchNorm)
 
 
 def _is_relu(graph_module: fx.GraphModule, node: fx.Node) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
@@ -19,18 +19,14 @@ from torch import Tensor
 from tdfx.contained import reason
 from tdfx.errors import InputError, OptionError
 from tdfx.inputs import Inputs, as_args, as_kwargs
-from tdfx.loading import draw_inputs
+from tdfx.latency import runner
+from tdfx.loading import DTYPES, draw_inputs
 from tdfx.parity import differences
 from tdfx.records.inputs import InputSpec
 from tdfx.tables import align, seconds
 from tdfx.timing import interleaved_times, open_session
 
-DTYPES = {
-    "tensor(float)": "float32",
-    "tensor(double)": "float64",
-    **{f"tensor({name})": name for name in ("float16", "int64", "int32", "int16", "int8", "uint8", "bool")},
-}
-"""ONNX Runtime's names of the types that can be drawn."""
+DRAWN = [dtype for dtype in runner.DTYPES.values() if dtype in DTYPES]
 
 
 @dataclass(frozen=True)
@@ -143,12 +139,16 @@ def bench(
     Raises:
         InputError: a file is missing or ONNX Runtime cannot run it, the inputs of two files differ, or the inputs
             given do not fit them.
-        OptionError: an option is no positive integer, or there is no file.
+        OptionError: an option is no positive integer, or there is no file or something else than a path.
     """
     for name, value in (("batch", batch), ("threads", threads), ("rounds", rounds)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise OptionError(f"{name} is {value!r}; expected a positive integer")
-    paths = [Path(file) for file in ([files] if isinstance(files, str | os.PathLike) else files)]
+    given = [files] if isinstance(files, str | os.PathLike) or not isinstance(files, Iterable) else list(files)
+    strange = [file for file in given if not isinstance(file, str | os.PathLike)]
+    if strange:
+        raise OptionError(f"files holds {strange[0]!r}, a {type(strange[0]).__name__}; expected paths of ONNX files")
+    paths = [Path(file) for file in given]
     if not paths:
         raise OptionError("there is no file to time; name ONNX files")
     sessions = [_open(path, threads) for path in paths]
@@ -186,7 +186,8 @@ def _run(path: Path, session: Any, feed: Mapping[str, NDArray[Any]]) -> list[Any
 
 def _declarations(session: Any) -> list[_Declared]:
     return [
-        _Declared(value.name, DTYPES.get(value.type, value.type), tuple(value.shape)) for value in session.get_inputs()
+        _Declared(value.name, runner.DTYPES.get(value.type, value.type), tuple(value.shape))
+        for value in session.get_inputs()
     ]
 
 
@@ -241,8 +242,8 @@ def _check(declared: _Declared, value: Tensor) -> None:
 
 def _spec(declared: _Declared, batch_names: set[str], batch: int) -> InputSpec:
     """What to draw for an input."""
-    if declared.dtype not in DTYPES.values():
-        raise InputError(f"input {declared}: its type cannot be drawn; expected one of {', '.join(DTYPES.values())}")
+    if declared.dtype not in DRAWN:
+        raise InputError(f"input {declared}: its type cannot be drawn; expected one of {', '.join(DRAWN)}")
     sizes = tuple(
         batch if not isinstance(size, int) and (index == 0 or size in batch_names) else size
         for index, size in enumerate(declared.sizes)

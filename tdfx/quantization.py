@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ FAILED = "onnxruntime cannot quantize the network"
 WEIGHTS: dict[str, Any] = {"per_channel": True, "weight_type": QuantType.QInt8}
 BATCH = 32  # samples in a batch, of data that come in one piece
 HINT = "export it without quantize, and quantize the float32 file with other settings"
+NOTHING = "nothing was quantized: no weight, as of Conv, Gemm or MatMul, became int8; take the float32 file"
+Sizes = Sequence[int | None]
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,7 @@ class Quantization:
         max_rel_diff: the largest of the outputs.
         rtol: the most that was allowed for floating-point outputs; None: any.
         outputs: one record per output.
+        notes: what the user should know.
     """
 
     path: str
@@ -67,6 +71,7 @@ class Quantization:
     max_rel_diff: float
     rtol: float | None
     outputs: tuple[QuantizedOutput, ...]
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(eq=False)
@@ -75,19 +80,21 @@ class Calibration:
 
     Attributes:
         replay: the data.
-        names: the file's inputs.
+        sizes: of the dimensions of the file's inputs, by name in their order; None for those that are open.
         example: a tensor for each.
         batch: the only batch size that the file takes, None if it takes any; other batches are left out.
         samples: how many there are, once they have been read.
         first: the inputs of the first batch, likewise.
+        failure: what reading them has ended with, None if it went well.
     """
 
     replay: Replay
-    names: Sequence[str]
+    sizes: Mapping[str, Sizes]
     example: Sequence[Tensor]
     batch: int | None
     samples: int = 0
     first: list[Tensor] = field(default_factory=list)
+    failure: Exception | None = None
 
     def feeds(self) -> Iterator[Feed]:
         """The batches.
@@ -95,16 +102,34 @@ class Calibration:
         Raises:
             InputError: the data cannot be read or do not fit, or there is none of the file's batch size.
         """
+        try:
+            yield from self._feeds()
+        except Exception as error:
+            self.failure = error
+            raise
+
+    def _feeds(self) -> Iterator[Feed]:
+        names = list(self.sizes)
         self.samples = 0
         for batch in self.replay.read():
             if self.batch not in (None, batch.samples):
                 continue
-            inputs = self._cast(fitted(batch, self.names, self.example))
+            inputs = self._cast(fitted(batch, names, self.example))
+            self._check(batch.index, inputs)
             self.first = self.first or inputs
             self.samples += batch.samples
-            yield {name: value.numpy() for name, value in zip(self.names, inputs, strict=True)}
+            yield {name: value.numpy() for name, value in zip(names, inputs, strict=True)}
         if not self.samples:
             raise InputError(f"the calibration data hold no batch of {self.batch}, the only size that the file takes")
+
+    def _check(self, index: int, inputs: Sequence[Tensor]) -> None:
+        for (name, sizes), value in zip(self.sizes.items(), inputs, strict=True):
+            if any(size not in (None, found) for size, found in zip(sizes, value.shape, strict=True)):
+                wanted = "x".join("any" if size is None else str(size) for size in sizes)
+                raise InputError(
+                    f"batch {index} of the calibration data: input {name} is {'x'.join(map(str, value.shape))}, the "
+                    f"file takes {wanted}, as the example inputs were; give data or example inputs of the other's shape"
+                )
 
     def _cast(self, batch: Batch) -> list[Tensor]:
         values = zip(batch.inputs, self.example, strict=True)
@@ -194,21 +219,22 @@ def quantized(
         with failing_as(FAILED, HINT), quiet():
             quantize_dynamic(str(prepared), str(target), use_external_data_format=source.external, **WEIGHTS)
     else:
-        names = [value.name for value in onnx.load(str(source.path), load_external_data=False).graph.input]
-        replay = Replay(calibration, names, batch_size=source.batch or BATCH, samples=samples, with_labels=False)
+        sizes = _input_sizes(source.path)
+        replay = Replay(calibration, list(sizes), batch_size=source.batch or BATCH, samples=samples, with_labels=False)
         replay.keep_in(source.path.parent)
-        data = Calibration(replay, names, source.example, source.batch)
-        equalized = _equalize(prepared, data, external=source.external)
-        with failing_as(FAILED, HINT), quiet():
-            quantize_static(
-                str(prepared),
-                str(target),
-                _Reader(data.feeds()),
-                quant_format=QuantFormat.QDQ,
-                activation_type=QuantType.QUInt8,  # int8 activations run at half the speed on x86
-                use_external_data_format=source.external,
-                **WEIGHTS,
-            )
+        data = Calibration(replay, sizes, source.example, source.batch)
+        with _failing(data):
+            equalized = _equalize(prepared, data, external=source.external)
+            with quiet():
+                quantize_static(
+                    str(prepared),
+                    str(target),
+                    _Reader(data.feeds()),
+                    quant_format=QuantFormat.QDQ,
+                    activation_type=QuantType.QUInt8,  # int8 activations run at half the speed on x86
+                    use_external_data_format=source.external,
+                    **WEIGHTS,
+                )
         inputs, calibrated = data.first, data.samples
     with failing_as("ONNX Runtime cannot load the int8 file", HINT):
         session = ort.InferenceSession(str(target), session_options(), providers=["CPUExecutionProvider"])
@@ -222,12 +248,37 @@ def quantized(
         max_rel_diff=max(output.max_rel_diff for output in outputs),
         rtol=rtol,
         outputs=outputs,
+        notes=() if _holds_int8(target) else (NOTHING,),
     )
 
 
 def folder_bytes(folder: Path) -> int:
     """Bytes of the files in a folder."""
     return sum(part.stat().st_size for part in folder.iterdir())
+
+
+@contextmanager
+def _failing(data: Calibration) -> Iterator[None]:
+    """Failures come as an ExportError, but those of reading the data as they are."""
+    try:
+        yield
+    except Exception:
+        if data.failure is not None:
+            raise
+        with failing_as(FAILED, HINT):
+            raise
+
+
+def _input_sizes(path: Path) -> dict[str, Sizes]:
+    inputs = onnx.load(str(path), load_external_data=False).graph.input
+    return {value.name: [dim.dim_value or None for dim in value.type.tensor_type.shape.dim] for value in inputs}
+
+
+def _holds_int8(path: Path) -> bool:
+    """Whether a file has weights of 8 bits; zero points, which every quantized tensor has, have no two dimensions."""
+    kinds = onnx.TensorProto.INT8, onnx.TensorProto.UINT8
+    weights = onnx.load(str(path), load_external_data=False).graph.initializer
+    return any(weight.data_type in kinds and len(weight.dims) > 1 for weight in weights)
 
 
 def _prepared(source: FloatFile) -> Path:

@@ -165,6 +165,26 @@ def test_options_are_positive_integers(option: str, value: Any) -> None:
         tdfx.bench("a.onnx", **{option: value})
 
 
+@pytest.mark.parametrize("files", [5, [5], ["a.onnx", 5], None])
+def test_files_are_paths(files: Any) -> None:
+    with pytest.raises(OptionError, match=r"files holds (5, a int|None, a NoneType); expected paths of ONNX files"):
+        tdfx.bench(files)
+
+
+def test_files_may_come_from_an_iterator() -> None:
+    assert len(tdfx.bench(iter([write("a.onnx", "Neg"), write("b.onnx", "Neg")]), rounds=1).rows) == 2  # type: ignore[arg-type]
+
+
+def test_values_that_are_not_drawn_may_be_given() -> None:
+    file = write("a.onnx", "Neg", (("x", TensorProto.INT16, [3]),), kind=TensorProto.INT16)
+    assert tdfx.bench(file, rounds=1).inputs[0].dtype == "int16"
+    file = write("b.onnx", "Identity", (("x", TensorProto.UINT16, [3]),), kind=TensorProto.UINT16)
+    with pytest.raises(InputError, match="input x 3:uint16: its type cannot be drawn; expected one of float32, "):
+        tdfx.bench(file)
+    given = tdfx.bench(file, torch.ones(3, dtype=torch.uint16), rounds=1)
+    assert given.inputs[0].dtype == "uint16"
+
+
 def test_no_file_is_refused() -> None:
     with pytest.raises(OptionError, match="no file to time"):
         tdfx.bench([])

@@ -118,6 +118,8 @@ def test_equalization_is_what_keeps_unequal_channels(
 def test_the_report_comes_back_from_json(exported: tuple[Path, ExportReport]) -> None:
     values = json.loads(json.dumps(asdict(exported[1])))
     assert read(ExportReport, values, "export") == exported[1]
+    del values["quantization"]["notes"]
+    assert read(ExportReport, values, "export") == exported[1]
     del values["quantization"]  # as older versions wrote it
     assert read(ExportReport, values, "export").quantization is None
 
@@ -258,6 +260,73 @@ def test_data_that_cannot_be_read_are_refused(data: Any, message: str, tmp_path:
     with pytest.raises(InputError, match=message):
         export_onnx(make(), tmp_path / "n.onnx", images(2), quantize="int8", calibration=data)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("dynamic", "sizes"), [("batch", "anyx3x8x8"), (None, "2x3x8x8")])
+def test_data_of_other_shapes_than_the_files_are_refused(dynamic: str | None, sizes: str, tmp_path: Path) -> None:
+    data = torch.ones(2, 3, 9, 8)
+    with pytest.raises(
+        InputError, match=f"batch 0 of the calibration data: input x is 2x3x9x8, the file takes {sizes}"
+    ):
+        export_onnx(make(), tmp_path / "n.onnx", images(2), dynamic=dynamic, quantize="int8", calibration=data)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_loader_raises_stays_as_it_is(tmp_path: Path) -> None:
+    def loader() -> Iterator[Tensor]:
+        yield images(2)
+        raise OSError("the disk is gone")
+
+    with pytest.raises(OSError, match="the disk is gone"):
+        export_onnx(make(), tmp_path / "n.onnx", images(2), quantize="int8", calibration=loader())
+
+
+@pytest.mark.parametrize("name", ["pairs", "channel_ranges", "equalize"])
+def test_what_cannot_be_equalized_is_an_export_error(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise RuntimeError("no such tensor")
+
+    monkeypatch.setattr(quantization, name, fail)
+    with pytest.raises(ExportError, match="cannot quantize the network: RuntimeError: no such tensor; export it"):
+        export_onnx(make(), tmp_path / "n.onnx", images(2), quantize="int8", calibration=images(4))
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.LSTM(8, 8, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.layer(x)[0]
+        return out
+
+
+class Residual(nn.Module):
+    """An addition, whose tensors are quantized though it has no weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + x.sigmoid()
+
+
+@pytest.mark.parametrize(
+    ("net", "calibrated", "is_quantized"),
+    [
+        (Recurrent(), True, False),
+        (Recurrent(), False, True),
+        (nn.ReLU(), True, False),
+        (Residual(), True, False),
+        (nn.Linear(8, 8), True, True),
+        (nn.Linear(8, 8), False, True),
+    ],
+)
+def test_it_is_said_where_nothing_was_quantized(
+    net: nn.Module, calibrated: bool, is_quantized: bool, tmp_path: Path
+) -> None:
+    x = torch.randn(2, 5, 8)
+    report = export_onnx(net, tmp_path / "n.onnx", x, quantize="int8", calibration=x if calibrated else None)
+    assert int8(report).notes == (() if is_quantized else (quantization.NOTHING,))
 
 
 def test_the_commands_write_int8_beside(folder: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -18,8 +18,8 @@ from tdfx.records.capture import Capture
 from tdfx.records.latency import LatencyTable
 from tdfx.records.profile import Profile
 from tdfx.stages.capture import capture
-from tdfx.stages.latency import measure_latency, with_latency, write_latency_kit
-from tdfx.targets import FILE
+from tdfx.stages.latency import measure_latency, measured_rank_grid, with_latency, write_latency_kit
+from tdfx.targets import FILE, ORT_CPU
 
 File = Annotated[Path, typer.Argument(metavar="PROFILE.JSON", help="What tdfx profile wrote for the model.")]
 
@@ -40,7 +40,9 @@ def latency(
     with exit_codes(debug):
         captured, profile = _profiled(model, file, inputs, weights)
         runtime = asked_runtime(threads, provider, session_config)
-        table = measure_latency(captured, profile, runtime=runtime, cache_dir=cache_folder(cache_dir))
+        cache = cache_folder(cache_dir)
+        table = measure_latency(captured, profile, runtime=runtime, cache_dir=cache)
+        table = replace(table, rank_grid=measured_rank_grid(runtime, cache))
         write_text(out, table.to_json())
         typer.echo(f"{table}\n\n{out}: times; tdfx plan reads it as --latency")
 
@@ -71,7 +73,9 @@ def latency_fit(
             raise typer.BadParameter(
                 f"{out} must end in {FILE}, by which targets in files are known", param_hint="--out"
             )
-        fit = fit_target(with_latency(read_record(Profile, file), read_record(LatencyTable, table)), str(out))
+        times = read_record(LatencyTable, table)
+        start = ORT_CPU if times.rank_grid is None else replace(ORT_CPU, rank_grid=times.rank_grid)
+        fit = fit_target(with_latency(read_record(Profile, file), times), str(out), start)
         write_text(out, json.dumps(asdict(fit.target), indent=2) + "\n")
         typer.echo(f"{fit}\n\n{out}: target; tdfx profile reads it as --target {out}")
 

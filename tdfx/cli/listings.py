@@ -87,7 +87,7 @@ def parity(export: ExportReport) -> str:
     error = max(output.rel_l2_diff for output in int8.outputs)
     return (
         f"{text}\n{int8.path}: {count(int8.file_bytes)}B, int8, {where}; differs by {int8.max_rel_diff:.2g} of the "
-        f"largest output, by {error:.2g} in Euclidean norm"
+        f"largest output, by {error:.2g} in Euclidean norm" + "".join(f"\nnote: {note}" for note in int8.notes)
     )
 
 

@@ -31,7 +31,7 @@ from tdfx.loading import draw_inputs, example_inputs, open_model
 from tdfx.moments import Moments
 from tdfx.onnx_export import ExportReport
 from tdfx.records.latency import LatencyTable
-from tdfx.records.plan import Plan
+from tdfx.records.plan import MEASURED, Plan
 from tdfx.records.profile import Profile
 from tdfx.saving import FILES, INT8_ONNX, ONNX, load, output_folder
 from tdfx.stages.apply import apply as apply_plan
@@ -64,7 +64,7 @@ def compress(
     correct: given.Correct = True,
     tune: Annotated[float | None, typer.Option(metavar="MINUTES", help="Train on --data, without labels.")] = None,
     evaluate: Annotated[str | None, typer.Option(metavar="FUNCTION", help=EVALUATE_HELP)] = None,
-    minimize: Annotated[str, typer.Option(help="What a drop buys: flops, macs, params or bytes.")] = "flops",
+    minimize: Annotated[str, typer.Option(help="What a drop buys: flops, macs, params, bytes or latency.")] = "flops",
     planner: given.Planner = "knapsack",
     target: given.Target = "ort-cpu",
     guard: given.Guard = Guarded.ESTIMATED,
@@ -204,6 +204,8 @@ def plan(
         profiled = read_record(Profile, file)
         if latency is not None:
             profiled = with_latency(profiled, read_record(LatencyTable, latency))
+        if guard is Guarded.MEASURED and profiled.latency_source != MEASURED:
+            raise typer.BadParameter("name the times to go by with --latency", param_hint="--guard")
         chosen = make_plan(profiled, budget, planner=planner, slower=guard is not Guarded.MEASURED)
         if out is not None:
             write_text(out, chosen.to_json())

@@ -31,7 +31,7 @@ from tdfx.records.profile import Profile
 from tdfx.records.result import Report, Result
 from tdfx.saving import INT8_ONNX, ONNX, Output
 from tdfx.stages.calibrate import calibrate
-from tdfx.stages.latency import check_available
+from tdfx.stages.latency import check_runtime
 
 NONE = "none"
 Record = TypeVar("Record", bound=Plan | Profile | Report | LatencyTable)
@@ -112,7 +112,7 @@ def asked_runtime(threads: int, provider: str, session_config: Sequence[str] | N
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--session-config") from None
     runtime = Runtime(threads, provider, config)
-    check_available(runtime)
+    check_runtime(runtime)
     return runtime
 
 

@@ -12,6 +12,7 @@ from scipy.optimize import least_squares
 from tdfx.decompositions import registry
 from tdfx.errors import PlanError
 from tdfx.records.layer import LayerSpec
+from tdfx.records.plan import MEASURED
 from tdfx.records.profile import Profile
 from tdfx.targets import ORT_CPU, Target
 
@@ -63,8 +64,11 @@ def fit_target(profile: Profile, name: str, start: Target = ORT_CPU) -> Fit:
         start: the target whose constants are changed.
 
     Raises:
-        PlanError: the profile has too few distinct layers to fit and to hold some out.
+        PlanError: the profile's latencies are not measured, or it has too few distinct layers to fit and to hold some
+            out.
     """
+    if profile.latency_source != MEASURED:
+        raise PlanError(f"the profile's latencies are {profile.latency_source}; a fit takes measured ones")
     cases = cases_of(profile)
     sites = list(dict.fromkeys(case.site for case in cases))
     if len(sites) < LEAST_LAYERS:

@@ -6,55 +6,47 @@ next one, or longer where tensors have to be reordered for it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from itertools import accumulate
-from statistics import mean
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from tdfx.latency import runner
 from tdfx.latency.micro_model import Piece
 from tdfx.records.layer import Call, LayerSpec
 
-GRIDS = (1, 2, 4, 8, 16, 32)
-WIDTHS = tuple(range(32, 65))
+WIDTHS = range(32, 65)
 CHANNELS, SIZE = 64, 28
-WASTE = 1.03  # seconds per multiply-accumulate that a grid may take, as a multiple of the best grid's
-Time = Callable[[list[bytes]], list[float]]
+SECONDS = 0.02  # that the runs of one width take
 
 
-def measure_rank_grid(runtime: Mapping[str, Any]) -> int:
-    """The grid for a runtime on this machine, see ``best_grid``."""
-
-    def time(models: list[bytes]) -> list[float]:
-        return runner.group_ratios([runner.session_run(model, runtime) for model in models], seconds=0.02)
-
-    return rank_grid(time)
-
-
-def rank_grid(time: Time) -> int:
-    """The finest grid whose ranks take little more time per multiply-accumulate than those of the best grid.
+def measure_rank_grid(runtime: Mapping[str, Any]) -> tuple[int, bool]:
+    """The grid for a runtime on this machine, and whether nothing else ran beside its timing.
 
     Args:
-        time: seconds, in any unit, of ONNX models.
+        runtime: as for ``runner.open_session``.
+
+    Raises:
+        ValueError: as for ``runner.session_run``.
     """
-    pieces = [_bottleneck(width) for width in WIDTHS]
-    times = time([piece.model() for piece in pieces])
-    macs = [sum(layer.macs for layer in piece.layers) for piece in pieces]
-    # A rank never costs more than a larger one, which could be padded to; that also passes over disturbed times.
-    least = list(accumulate(reversed(times), min))[::-1]
-    per_mac = {width: value / of for width, value, of in zip(WIDTHS, least, macs, strict=True)}
-    by_grid = {grid: mean(per_mac[width] for width in WIDTHS if width % grid == 0) for grid in GRIDS}
-    return next(grid for grid in GRIDS if by_grid[grid] <= WASTE * min(by_grid.values()))
+    pieces = sweep()
+    runs = [runner.session_run(piece.model(), runtime) for piece in pieces.values()]
+    seconds, is_sure = runner.undisturbed(partial(runner.group_ratios, runs, SECONDS), runtime)
+    macs = {width: piece.macs for width, piece in pieces.items()}
+    return runner.best_grid(dict(zip(pieces, seconds, strict=True)), macs), is_sure
+
+
+def sweep() -> dict[int, Piece]:
+    """Chains like Tucker-2's by their width: to so many channels, 3 x 3 among them, and back."""
+    return {width: _bottleneck(width) for width in WIDTHS}
 
 
 def _bottleneck(width: int) -> Piece:
-    """A chain like Tucker-2's: to ``width`` channels, 3 x 3 among them, and back."""
-
-    def convolution(inputs: int, outputs: int, kernel: int) -> LayerSpec:
+    def convolution(inputs: int, outputs: int, kernel: int, *, bias: bool = False) -> LayerSpec:
         call = Call((1, inputs, SIZE, SIZE), (1, outputs, SIZE, SIZE))
+        padding = (kernel // 2,) * 2
         return LayerSpec(
-            "", "conv2d", inputs, outputs, (kernel, kernel), (1, 1), (kernel // 2,) * 2, dilation=(1, 1), calls=(call,)
+            "", "conv2d", inputs, outputs, (kernel, kernel), (1, 1), padding, dilation=(1, 1), bias=bias, calls=(call,)
         )
 
-    layers = (convolution(CHANNELS, width, 1), convolution(width, width, 3), convolution(width, CHANNELS, 1))
-    return Piece(layers, 0, "relu")
+    back = convolution(width, CHANNELS, 1, bias=True)
+    return Piece((convolution(CHANNELS, width, 1), convolution(width, width, 3), back), 0, "relu")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tdfx.decompositions import registry
 from tdfx.errors import OptionError
+from tdfx.latency.grid import sweep
 from tdfx.latency.micro_model import TYPES, Piece
-from tdfx.records.candidate import DENSE
+from tdfx.records.candidate import DENSE, Candidate
 from tdfx.records.layer import Fused, LayerSpec, Site
 from tdfx.records.profile import Profile
 
@@ -22,27 +23,36 @@ class Kit:
         groups: keys of a layer's model and of the chains' that may take its place.
         rows: site, method, rank, and by call the keys of the layer and of what takes its place.
         structure: fingerprint of the network's structure.
+        grid: key, width and multiply-accumulates of each model that the grid of ranks is found by; may be empty.
         pieces: by key.
     """
 
     groups: list[list[str]]
     rows: list[list[Any]]
     structure: str
+    grid: list[tuple[str, int, int]]
     pieces: dict[str, Piece]
 
     @property
     def listing(self) -> dict[str, Any]:
         """All but the models, for JSON."""
         sizes = {key: piece.weight_bytes for key, piece in self.pieces.items()}
-        return {"groups": self.groups, "bytes": sizes, "rows": self.rows, "structure": self.structure}
+        return {
+            "groups": self.groups,
+            "bytes": sizes,
+            "rows": self.rows,
+            "structure": self.structure,
+            "grid": self.grid,
+        }
 
 
-def kit_of(profile: Profile, fused: Mapping[str, tuple[Fused, ...]]) -> Kit:
+def kit_of(profile: Profile, fused: Mapping[str, tuple[Fused, ...]], *, with_grid: bool = False) -> Kit:
     """What to time for the candidates of a profile.
 
     Args:
         profile: sites and candidates.
         fused: what follows each call of a site, by site.
+        with_grid: whether the grid of ranks is looked for too.
 
     Raises:
         OptionError: a site is not float32.
@@ -51,9 +61,10 @@ def kit_of(profile: Profile, fused: Mapping[str, tuple[Fused, ...]]) -> Kit:
     groups: dict[str, dict[str, None]] = {}
     rows: list[list[Any]] = []
 
-    def key_of(layers: tuple[LayerSpec, ...], site: Site, call: int) -> str:
-        piece = Piece(layers, call, fused[site.name][call])
-        return next(iter({piece.key: pieces.setdefault(piece.key, piece)}))
+    def added(piece: Piece) -> str:
+        key = piece.key
+        pieces.setdefault(key, piece)
+        return key
 
     for site in profile.sites:
         if site.layer.dtype not in TYPES:
@@ -61,17 +72,25 @@ def kit_of(profile: Profile, fused: Mapping[str, tuple[Fused, ...]]) -> Kit:
                 f"layer {site.name} is {site.layer.dtype}; latency is measured in float32 only: convert the model with "
                 ".float(), or exclude the layer"
             )
-        calls = range(len(site.layer.calls))
-        dense = [key_of(site.layers, site, call) for call in calls]
+        calls = list(enumerate(fused[site.name]))
+        dense = [added(Piece(site.layers, call, follows)) for call, follows in calls]
         for key in dense:
             groups.setdefault(key, {key: None})
         rows.append([site.name, DENSE, [], [(key, key) for key in dense]])
         for candidate in profile.of_site(site.name):
             if candidate.is_dense:
                 continue
-            layers = registry()[candidate.method].chain(site, candidate.rank)
-            pairs = [(dense[call], key_of(layers, site, call)) for call in calls]
+            layers = _chain(site, candidate)
+            pairs = [(dense[call], added(Piece(layers, call, follows))) for call, follows in calls]
             for key, chain in pairs:
                 groups[key][chain] = None
             rows.append([site.name, candidate.method, list(candidate.rank), pairs])
-    return Kit([list(keys) for keys in groups.values()], rows, profile.structure, pieces)
+    grid = [(added(piece), width, piece.macs) for width, piece in (sweep() if with_grid else {}).items()]
+    return Kit([list(keys) for keys in groups.values()], rows, profile.structure, grid, pieces)
+
+
+def _chain(site: Site, candidate: Candidate) -> tuple[LayerSpec, ...]:
+    """A candidate's layers; where biases are corrected the last has one, though the site may not."""
+    *others, last = registry()[candidate.method].chain(site, candidate.rank)
+    has_gained = candidate.cost.params > sum(layer.params for layer in (*others, last))
+    return (*others, replace(last, bias=last.bias or has_gained))

@@ -41,7 +41,7 @@ class Piece:
     @property
     def key(self) -> str:
         """The same for all pieces whose models are the same."""
-        alike = [asdict(replace(layer, name="", bias=False, calls=(layer.calls[self.call],))) for layer in self.layers]
+        alike = [asdict(replace(layer, name="", calls=(layer.calls[self.call],))) for layer in self.layers]
         return hashlib.sha256(json.dumps([alike, self.fused, OPSET]).encode()).hexdigest()[:24]
 
     @property
@@ -49,8 +49,13 @@ class Piece:
         """Memory that its weights take once they are made."""
         return sum(layer.weight_bytes for layer in self.layers)
 
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates over all calls of its layers."""
+        return sum(layer.macs for layer in self.layers)
+
     def model(self) -> bytes:
-        """The ONNX model, serialized. Every layer has a bias."""
+        """The ONNX model, serialized. An image without a batch dimension gets one of 1."""
         return _Builder(TYPES[self.layers[0].dtype]).build(self)
 
 
@@ -64,7 +69,8 @@ class _Builder:
         self.inputs: list[onnx.ValueInfoProto] = []
 
     def build(self, piece: Piece) -> bytes:
-        value = self.input("x", piece.layers[0].calls[piece.call].input_shape)
+        first, last = piece.layers[0], piece.layers[-1]
+        value = self.input("x", _batched(first, first.calls[piece.call].input_shape))
         for layer in piece.layers:
             call = layer.calls[piece.call]
             value = (
@@ -72,7 +78,7 @@ class _Builder:
                 if layer.kind == "linear"
                 else self.convolution(layer, value)
             )
-        output_shape = piece.layers[-1].calls[piece.call].output_shape
+        output_shape = _batched(last, last.calls[piece.call].output_shape)
         if piece.fused.startswith("add"):
             value = self.node("Add", [value, self.addend(output_shape)])
         if piece.fused.endswith("relu"):
@@ -107,11 +113,13 @@ class _Builder:
         return self.node("MaxPool", [second], kernel_shape=[1, 1]) if len(shape) == 4 else second
 
     def linear(self, layer: LayerSpec, value: str, dims: int) -> str:
-        bias = self.constant((layer.out_channels,))
         if dims == 2:
-            return self.node("Gemm", [value, self.constant(layer.weight_shape), bias], transB=1)
+            return self.node("Gemm", [value, self.constant(layer.weight_shape), *self.bias(layer)], transB=1)
         product = self.node("MatMul", [value, self.constant((layer.in_channels, layer.out_channels))])
-        return self.node("Add", [product, bias])
+        return self.node("Add", [product, *self.bias(layer)]) if layer.bias else product
+
+    def bias(self, layer: LayerSpec) -> list[str]:
+        return [self.constant((layer.out_channels,))] if layer.bias else []
 
     def convolution(self, layer: LayerSpec, value: str) -> str:
         pads = _pads(layer)
@@ -123,13 +131,18 @@ class _Builder:
             value, pads = self.node("Pad", [value, amounts], mode=mode), [0] * len(pads)
         return self.node(
             "Conv",
-            [value, self.constant(layer.weight_shape), self.constant((layer.out_channels,))],
+            [value, self.constant(layer.weight_shape), *self.bias(layer)],
             kernel_shape=layer.kernel_size,
             strides=layer.stride,
             dilations=layer.dilation,
             pads=pads,
             group=layer.groups,
         )
+
+
+def _batched(layer: LayerSpec, shape: Shape) -> Shape:
+    """The shape with the batch dimension that torch lets convolutions go without."""
+    return (1, *shape) if layer.kind != "linear" and len(shape) == len(layer.kernel_size) + 1 else shape
 
 
 def _pads(layer: LayerSpec) -> list[int]:

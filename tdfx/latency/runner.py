@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import statistics
@@ -17,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +34,12 @@ WARM_UP = 2  # rounds that do not count: the first ones allocate
 SECONDS = 0.05  # that the runs of one model take
 NETWORK_ROUNDS = (15, 100)
 NETWORK_SECONDS = 1.0
+GRIDS = (1, 2, 4, 8, 16, 32)
+WASTE = 1.03  # seconds per multiply-accumulate that a grid may take, as a multiple of the best grid's
 
-DTYPES = {
-    "tensor(float)": np.float32,
-    "tensor(double)": np.float64,
-    "tensor(float16)": np.float16,
-    "tensor(int64)": np.int64,
-    "tensor(int32)": np.int32,
-    "tensor(bool)": np.bool_,
-}
+NUMBERS = ("float16", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)), "bool")
+DTYPES = {"tensor(float)": "float32", "tensor(double)": "float64", **{f"tensor({name})": name for name in NUMBERS}}
+"""numpy's names of what ONNX Runtime's types hold, of those that numpy has."""
 
 Run = Callable[[], object]
 Clock = Callable[[], float]
@@ -81,20 +80,37 @@ def open_session(model: bytes | str, runtime: Mapping[str, Any]) -> Any:
     Args:
         model: a file's path, or its bytes.
         runtime: "threads" (intra-op), "provider", and "config", entries of the session's configuration.
+
+    Raises:
+        ValueError: the provider is not there; ONNX Runtime itself would go on with the CPU.
     """
     import onnxruntime as ort
 
+    provider, available = runtime["provider"], ort.get_available_providers()
+    if provider not in available:
+        raise ValueError(f"provider {provider!r} is not in this ONNX Runtime; expected one of {', '.join(available)}")
     options = ort.SessionOptions()
     options.log_severity_level = 4  # errors come as exceptions
     options.intra_op_num_threads = runtime["threads"]
     options.inter_op_num_threads = 1
     for key, value in runtime.get("config", {}).items():
         options.add_session_config_entry(key, value)
-    return ort.InferenceSession(model, options, providers=[runtime["provider"]])
+    session = ort.InferenceSession(model, options, providers=[provider])
+    taken = session.get_providers()[0]
+    if taken != provider:
+        raise ValueError(
+            f"provider {provider!r} does not start here, ONNX Runtime took {taken!r}: mend its libraries or drivers, "
+            "or choose another"
+        )
+    return session
 
 
 def session_run(model: bytes | str, runtime: Mapping[str, Any]) -> Run:
-    """A function that runs a model once on inputs drawn for it, open dimensions taken for 1; see ``open_session``."""
+    """A function that runs a model once on inputs drawn for it, open dimensions taken for 1; see ``open_session``.
+
+    Raises:
+        ValueError: inputs of a type cannot be drawn, or as for ``open_session``.
+    """
     session = open_session(model, runtime)
     generator = np.random.default_rng(0)
     feed = {value.name: _draw(generator, value) for value in session.get_inputs()}
@@ -154,8 +170,10 @@ def network_times(models: Sequence[str], runtime: Mapping[str, Any]) -> list[lis
 
 
 def _draw(generator: np.random.Generator, value: Any) -> np.ndarray[Any, Any]:
+    if value.type not in DTYPES:
+        raise ValueError(f"input {value.name} is a {value.type}; values are drawn for {', '.join(DTYPES)} only")
     shape = [size if isinstance(size, int) else 1 for size in value.shape]
-    dtype = DTYPES[value.type]
+    dtype = np.dtype(DTYPES[value.type])
     if np.issubdtype(dtype, np.floating):
         return generator.standard_normal(shape).astype(dtype)
     return np.zeros(shape, dtype)
@@ -174,6 +192,29 @@ def batches(keys: Sequence[str], sizes: Mapping[str, int], room: int) -> list[li
     return found
 
 
+def best_grid(seconds: Mapping[int, float], macs: Mapping[int, int]) -> int:
+    """The finest grid of ranks that takes little more time per multiply-accumulate than the best grid.
+
+    Args:
+        seconds: in any unit, by width: of a chain with so many channels inside.
+        macs: the chain's multiply-accumulates, likewise.
+    """
+    widths = sorted(seconds)
+    # A rank never costs more than a larger one, which could be padded to; that also passes over disturbed times.
+    least = accumulate((seconds[width] for width in reversed(widths)), min)
+    per_mac = {width: value / macs[width] for width, value in zip(reversed(widths), least, strict=True)}
+    by_grid = {grid: statistics.mean(per_mac[width] for width in widths if width % grid == 0) for grid in GRIDS}
+    return next(grid for grid in GRIDS if by_grid[grid] <= WASTE * min(by_grid.values()))
+
+
+def usable_ratios(values: object) -> dict[str, dict[str, float]]:
+    """Ratios that were stored, by key of the layer and of the chain; {} if any of them is no finite number above 0."""
+    if not isinstance(values, dict) or not all(isinstance(known, dict) for known in values.values()):
+        return {}
+    numbers = [value for known in values.values() for value in known.values()]
+    return values if all(isinstance(value, float) and 0 < value < math.inf for value in numbers) else {}
+
+
 def measure(
     kit: Mapping[str, Any],
     network: bytes | str,
@@ -189,27 +230,34 @@ def measure(
 
     A group is a model of a layer as it is, first, and those of the chains that may take its place; these are timed as
     multiples of it, and all layers as they are once more beside the network, so that times of all groups compare.
+    Where the kit has a grid, its models are one more group.
 
     Args:
         kit: "groups", lists of keys; "bytes" of their weights; "rows", each a site, method, rank, and pairs of keys, of
-            the layer and of the chain, one for every call; "structure", a fingerprint.
+            the layer and of the chain, one for every call; "structure", a fingerprint; "grid", if it is there, of each
+            model the key, width and multiply-accumulates, for ``best_grid``.
         network: the whole network's model.
         load: gives a model by its key.
         runtime: as for ``open_session``.
         ratios: known ones by key of the layer and of the chain; those measured are added, but for groups that other
             processes disturbed in all tries.
         keep: called after each group, or part of one.
-        progress: called with groups done, and groups in all.
+        progress: called with layers done, and layers in all.
         seconds: that the runs of one model take.
 
     Returns:
-        "network_s", "disturbed" (groups, or parts of one), and "rows" with "site", "method", "rank" and "latency_s".
+        "structure", "network_s", "disturbed" (groups, or parts of one), "rank_grid" (None without a grid, or where
+        others ran beside it), and "rows" with "site", "method", "rank" and "latency_s".
+
+    Raises:
+        ValueError: as for ``session_run``.
     """
-    groups = kit["groups"]
+    layers = [dense for dense, *_ in kit["groups"]]
     taken: dict[str, dict[str, float]] = {}
     disturbed = 0
-    for done, (dense, *others) in enumerate(groups):
-        progress(done, len(groups))
+    for done, (dense, *others) in enumerate(groups_of(kit)):
+        if done < len(layers):
+            progress(done, len(layers))
         known = ratios.setdefault(dense, {dense: 1.0})
         taken[dense] = dict(known)
         missing = [key for key in others if key not in known]
@@ -223,12 +271,11 @@ def measure(
                 continue
             known.update(zip(keys, found, strict=True))
             keep()
-    layers = [dense for dense, *_ in groups]
     runs = [session_run(model, runtime) for model in (network, *map(load, layers))]
     times = interleaved(runs, rounds=NETWORK_ROUNDS, seconds=NETWORK_SECONDS / 2)
     network_s, *layers_s = (statistics.median(values) for values in times)
     dense_s = dict(zip(layers, layers_s, strict=True))
-    progress(len(groups), len(groups))
+    progress(len(layers), len(layers))
     rows = [
         {
             "site": site,
@@ -238,8 +285,26 @@ def measure(
         }
         for site, method, rank, pairs in kit["rows"]
     ]
-    whole_s = round(network_s, 9)
-    return {"structure": kit["structure"], "network_s": whole_s, "disturbed": disturbed, "rows": rows}
+    return {
+        "structure": kit["structure"],
+        "network_s": round(network_s, 9),
+        "disturbed": disturbed,
+        "rank_grid": _rank_grid(kit.get("grid", ()), ratios),
+        "rows": rows,
+    }
+
+
+def groups_of(kit: Mapping[str, Any]) -> list[list[str]]:
+    """Keys that are timed beside each other: of each layer, then of the grid if there is one."""
+    grid = [key for key, *_ in kit.get("grid", ())]
+    return [*kit["groups"], *([grid] if grid else [])]
+
+
+def _rank_grid(grid: Sequence[tuple[str, int, int]], ratios: Mapping[str, Mapping[str, float]]) -> int | None:
+    known = ratios.get(grid[0][0], {}) if grid else {}
+    if not grid or any(key not in known for key, *_ in grid):
+        return None
+    return best_grid({width: known[key] for key, width, _ in grid}, {width: macs for _, width, macs in grid})
 
 
 # --- alone on a device ---
@@ -248,39 +313,86 @@ def measure(
 def main(folder: Path, arguments: Sequence[str] | None = None) -> None:
     """Measures what ``kit.json`` lists and writes ``latency.json``."""
     options = argparse.ArgumentParser(description="Times the models of this folder in ONNX Runtime.")
-    options.add_argument("--threads", type=int, default=1, help="of one operator")
+    options.add_argument("--threads", type=_threads, default=1, help="of one operator")
     options.add_argument("--provider", default=CPU)
     options.add_argument("--session-config", metavar="KEY=VALUE", action="append", default=[], help="of the session")
-    options.add_argument("--seconds", type=float, default=SECONDS, help="that the runs of one model take")
+    options.add_argument("--seconds", type=_seconds, default=SECONDS, help="that the runs of one model take")
     given = options.parse_args(arguments)
     try:
-        config = entries(given.session_config)
+        kit = json.loads((folder / "kit.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        options.error(f"cannot read kit.json beside this file: {error}; copy the whole folder that tdfx wrote")
+    try:
+        runtime = {"threads": given.threads, "provider": given.provider, "config": entries(given.session_config)}
+        _measure_folder(folder, kit, runtime, given.seconds)
     except ValueError as error:
         options.error(str(error))
-    runtime = {"threads": given.threads, "provider": given.provider, "config": config}
+
+
+def _threads(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"found {text}; expected a whole number of 1 or more")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"found {text}; expected a number of 0 or more")
+    return value
+
+
+def _measure_folder(folder: Path, kit: Mapping[str, Any], runtime: Mapping[str, Any], seconds: float) -> None:
     header = {"version": VERSION, "runtime": runtime, "host": host()}
-    kit = json.loads((folder / "kit.json").read_text(encoding="utf-8"))
     unfinished, result = folder / "unfinished.json", folder / "latency.json"
-    ratios: dict[str, dict[str, float]] = {}
-    if unfinished.exists():
-        found = json.loads(unfinished.read_text(encoding="utf-8"))
-        ratios = found.pop("ratios") if {key: found[key] for key in header} == header else {}
+    alike = {**header, "seconds": seconds}
+    ratios = _kept_ratios(unfinished, alike)
     measured = measure(
         kit,
         str(folder / "network.onnx"),
         lambda key: str(folder / "models" / f"{key}.onnx"),
         runtime,
         ratios=ratios,
-        keep=lambda: write(unfinished, {**header, "ratios": ratios}),
-        progress=lambda done, total: print(f"{done} of {total} layers", file=sys.stderr, flush=True),
-        seconds=given.seconds,
+        keep=lambda: write(unfinished, {**alike, "ratios": ratios}),
+        progress=partial(_say, work_of(kit, ratios), time.perf_counter()),
+        seconds=seconds,
     )
     write(result, {**header, **measured})
     if measured["disturbed"]:
-        print(
-            f"other processes ran beside {measured['disturbed']} layers; run this again to time them", file=sys.stderr
-        )
+        again = f"other processes ran beside {measured['disturbed']} groups of models; run this again to time them"
+        print(again, file=sys.stderr)
     print(f"{result}: for tdfx plan --latency", file=sys.stderr)
+
+
+def _kept_ratios(path: Path, alike: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """What an earlier run under the same options has measured; nothing where there is none, or its file is broken."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    if not isinstance(found, dict) or {**found, **alike} != found:
+        return {}
+    return usable_ratios(found.get("ratios"))
+
+
+def work_of(kit: Mapping[str, Any], ratios: Mapping[str, Mapping[str, float]]) -> list[int]:
+    """Models of each group that are still to be timed."""
+    return [sum(key not in ratios.get(dense, {}) for key in others) for dense, *others in groups_of(kit)]
+
+
+def seconds_left(work: Sequence[int], done: int, elapsed_s: float) -> float | None:
+    """What the groups after those done take at the pace of those; None where none of them had to be timed."""
+    timed = sum(work[:done])
+    return elapsed_s / timed * sum(work[done:]) if timed else None
+
+
+def _say(work: Sequence[int], started: float, done: int, total: int) -> None:
+    left_s = seconds_left(work, done, time.perf_counter() - started)
+    left = "" if left_s is None or done == total else f", about {left_s:.0f} s left"
+    print(f"{done} of {total} layers{left}", file=sys.stderr, flush=True)
 
 
 def entries(texts: Sequence[str]) -> dict[str, str]:

@@ -25,7 +25,7 @@ class Runtime:
         config: entries of the session's configuration, e.g. {"session.intra_op.allow_spinning": "0"}.
 
     Raises:
-        OptionError: fewer threads than one.
+        OptionError: fewer threads than one, or entries that are no text.
     """
 
     threads: int = 1
@@ -35,6 +35,13 @@ class Runtime:
     def __post_init__(self) -> None:
         if not isinstance(self.threads, int) or isinstance(self.threads, bool) or self.threads < 1:
             raise OptionError(f"threads is {self.threads!r}; expected a whole number of 1 or more")
+        texts = (
+            (self.provider, *self.config.keys(), *self.config.values()) if isinstance(self.config, dict) else (None,)
+        )
+        if not all(isinstance(text, str) for text in texts):
+            raise OptionError(
+                f"provider is {self.provider!r} and config {self.config!r}; expected text, and a dictionary of texts"
+            )
 
     def as_dict(self) -> dict[str, Any]:
         """For ``tdfx.latency.runner``, which knows no classes."""
@@ -95,6 +102,7 @@ class LatencyTable:
         structure: fingerprint of the network's structure.
         network_s: seconds of the whole network as given.
         disturbed: groups of layers beside which other processes ran, so that their times are not sure.
+        rank_grid: ranks that the runtime computes without waste are multiples of it; None if it was not looked for.
         rows: of every candidate.
 
     Raises:
@@ -106,6 +114,7 @@ class LatencyTable:
     structure: str
     network_s: float
     disturbed: int
+    rank_grid: int | None
     rows: tuple[Timing, ...]
 
     def __post_init__(self) -> None:
@@ -133,7 +142,8 @@ class LatencyTable:
             lines.append((site, seconds(dense.latency_s), str(len(others)), seconds(best.latency_s), form))
         table = align(("layer", "as it is", "forms", "quickest", ""), lines, right=(1, 2, 3))
         where = f"{self.runtime}, onnxruntime {self.host.get('onnxruntime')}, {self.host.get('processor')}"
-        return "\n".join((table, f"whole network {seconds(self.network_s)}; {where}", *self.notes))
+        grid = () if self.rank_grid is None else (f"ranks without waste are multiples of {self.rank_grid}",)
+        return "\n".join((table, *grid, f"whole network {seconds(self.network_s)}; {where}", *self.notes))
 
     def to_json(self) -> str:
         """JSON text with one time a line; ``from_json`` gives an equal table back."""

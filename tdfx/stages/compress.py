@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from tdfx.budget import LATENCY, Budget
+from tdfx.errors import OptionError
 from tdfx.inputs import Inputs
 from tdfx.metrics import LOSS
 from tdfx.moments import Moments
@@ -24,11 +25,13 @@ from tdfx.stages.apply import carry_out, check_verify
 from tdfx.stages.calibrate import calibrate
 from tdfx.stages.capture import Model, capture
 from tdfx.stages.guard import carry_out_measured, check_guard, limits_latency
-from tdfx.stages.latency import check_available, measure_latency, measured_rank_grid, with_latency
+from tdfx.stages.latency import check_runtime, measure_latency, measured_rank_grid, with_latency
 from tdfx.stages.plan import plan, read_budget
 from tdfx.stages.profile import profile
 from tdfx.stages.search import cheapest, read_drop
 from tdfx.timing import timed
+
+UNTIMED = "the guard went by the latency table; the network itself was not timed: compare it with tdfx bench there"
 
 
 def compress(
@@ -88,7 +91,8 @@ def compress(
             or the budget counts as not reachable. "estimated" goes by the target's estimate. Budgets of latency are
             measured with both.
         runtime: what latency is measured in; None for one thread of ONNX Runtime on the CPU.
-        latency: times that were measured before or on another device, in place of measuring here.
+        latency: times that were measured before or on another device, in place of measuring here; then the finished
+            network is not timed either.
         rank_multiple: None for the target's grid, that of the runtime where latency is measured, or free ranks with
             ``ranks``; 1 for free ranks.
         trainable: keep BatchNorm and Dropout for fine-tuning.
@@ -115,10 +119,13 @@ def compress(
     check_verify(verify)
     check_guard(guard)
     is_about_time = guard == MEASURED or limits_latency(asked or parsed) or (asked is not None and minimize == LATENCY)
+    if not isinstance(latency, LatencyTable | None):
+        raise OptionError(
+            f"latency is a {type(latency).__name__}; expected a LatencyTable, as LatencyTable.from_json reads it"
+        )
     measures = latency is None and is_about_time
     runtime = runtime or Runtime()
-    if measures:
-        check_available(runtime)
+    check_runtime(runtime)
     timings: dict[str, float] = {}
     with timed(timings, "capture"):
         captured = capture(model, example_inputs, example_kwargs, trainable=trainable)
@@ -184,4 +191,6 @@ def compress(
         warnings.warn(note, stacklevel=2)
     timings |= result.report.timings_s
     notes = () if latency is None else latency.notes
+    if guard == MEASURED and not measures:
+        notes = (*notes, UNTIMED)
     return replace(result, report=replace(result.report, timings_s=timings, notes=(*result.report.notes, *notes)))

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import median, quantiles
 
-from tdfx.budget import LATENCY, RESOURCES, Budget, nanoseconds
+from tdfx.budget import LATENCY, RESOURCES, Budget
 from tdfx.errors import BudgetError, OptionError
 from tdfx.latency import runner
 from tdfx.onnx_export import export_onnx
@@ -18,8 +18,7 @@ from tdfx.records.latency import Measured, Runtime
 from tdfx.records.plan import ESTIMATED, MEASURED, Plan
 from tdfx.records.profile import Profile
 from tdfx.records.result import Result
-from tdfx.stages.frontier import least_amount
-from tdfx.stages.latency import FASTER, original_file, scaled_chains
+from tdfx.stages.latency import FASTER, corrected_times, original_file
 from tdfx.stages.plan import written
 from tdfx.tables import share
 
@@ -51,8 +50,8 @@ def carry_out_measured(
 ) -> Result:
     """Compresses and times; does so anew, at most twice, where the time is over a tenth off what was asked.
 
-    The measured times of all chains are then multiplied by one factor, with which the last network's time would have
-    been predicted. A network that is faster than predicted makes way for one that uses the time.
+    All times are then corrected so that the last network's would have been predicted. A network that is faster than
+    predicted makes way for one that uses the time.
 
     Args:
         captured: what ``capture`` returned.
@@ -63,8 +62,8 @@ def carry_out_measured(
         guard: "measured" also for a network that must be faster than the original whatever the budget.
 
     Returns:
-        The last network that keeps the limit, else the last one; its report says what was predicted and measured, and
-        by how much a limit of latency is missed or left unused.
+        The last network that keeps the limit, else the quickest one; its report says what was predicted and measured,
+        and by how much a limit of latency is missed or left unused.
 
     Raises:
         BudgetError: not reachable; with the guard also where every network within the budget is slower.
@@ -72,20 +71,26 @@ def carry_out_measured(
     found: list[tuple[Result, Measured]] = []
     with original_file(captured) as original:
         while len(found) < MOST_PLANS:
-            result = carry_out(profile)
+            try:
+                result = carry_out(profile)
+            except BudgetError:
+                if not found:
+                    raise
+                break  # by times that are corrected for the last network; that one is there
             measured = replace(time_against_original(captured, original, result, runtime), plans=len(found) + 1)
             found.append((result, measured))
             is_late = bool(_missed(result.plan, budget, measured, guard))
-            if budget is None or not (is_late or _is_too_quick(result.plan, budget, measured)):
+            if budget is None or not (is_late or _is_too_quick(budget, measured)):
                 break
-            profile = scaled_chains(profile, result.plan, measured.ratio)
-    result, measured = next((f for f in reversed(found) if not _missed(f[0].plan, budget, f[1], guard)), found[-1])
+            profile = corrected_times(profile, result.plan, measured)
+    in_time = [f for f in found if not _missed(f[0].plan, budget, f[1], guard)]
+    result, measured = in_time[-1] if in_time else min(found, key=lambda f: f[1].ratio)
     missed = _missed(result.plan, budget, measured, guard)
     if missed and guard == MEASURED and measured.ratio > FASTER:
         raise _refusal(profile, budget, result.plan, measured)
     plans = f"{len(found)} plan{'s were' if len(found) > 1 else ' was'} made"
     warning = (f"latency is missed: {missed}; {plans}",) if missed else ()
-    notes = (*result.report.notes, *warning, *_unused(result.plan, budget, measured))
+    notes = (*result.report.notes, *warning, *_unused(budget, measured))
     carried_out = replace(result.plan, notes=(*result.plan.notes, *warning))
     report = replace(result.report, plan=carried_out, measured=measured, notes=notes)
     return replace(result, plan=carried_out, report=report)
@@ -131,32 +136,32 @@ def _missed(chosen: Plan, budget: Budget | None, measured: Measured, guard: str)
     compressed = any(not candidate.is_dense for candidate in chosen.candidates)
     if guard == MEASURED and compressed and measured.ratio > FASTER:
         return f"the network takes {measured.ratio:.1%} of the original's time"
-    asked = _asked(chosen, budget)
+    asked = _asked(budget, measured)
     if asked is not None and measured.ratio > TOLERANCE * asked:
         return f"asked {asked:.1%} of the original's time, measured {measured.ratio:.1%}"
     return ""
 
 
-def _asked(chosen: Plan, budget: Budget | None) -> float | None:
-    """The limit of latency as a share, which does not change with the machine's pace between then and now."""
+def _asked(budget: Budget | None, measured: Measured) -> float | None:
+    """The limit of latency as a share of the original's time."""
     limits = () if budget is None else (limit for limit in budget.limits if limit.resource == LATENCY)
     for limit in limits:
-        return float(limit.amount) * (1 if limit.share else 1 / nanoseconds(chosen.before))
+        return float(limit.amount) * (1 if limit.share else 1e-9 / measured.original_s)
     return None
 
 
-def _is_too_quick(chosen: Plan, budget: Budget | None, measured: Measured) -> bool:
+def _is_too_quick(budget: Budget | None, measured: Measured) -> bool:
     """Whether the network leaves time unused that it was predicted to take."""
-    asked, predicted = _asked(chosen, budget), measured.predicted_ratio
-    if asked is None or predicted is None:
+    asked, predicted = _asked(budget, measured), measured.predicted_ratio
+    if asked is None or asked >= 1 or predicted is None:
         return False
     return measured.ratio < LEAST_USED * asked <= predicted
 
 
-def _unused(chosen: Plan, budget: Budget | None, measured: Measured) -> tuple[str, ...]:
+def _unused(budget: Budget | None, measured: Measured) -> tuple[str, ...]:
     """Why the network is so much quicker than asked for, if it is."""
-    asked, predicted = _asked(chosen, budget), measured.predicted_ratio
-    if asked is None or predicted is None or measured.ratio >= LEAST_USED * asked:
+    asked, predicted = _asked(budget, measured), measured.predicted_ratio
+    if asked is None or asked >= 1 or predicted is None or measured.ratio >= LEAST_USED * asked:
         return ()
     if predicted < LEAST_USED * asked:
         why = "no choice of methods and ranks within the budget that takes longer has a smaller error"
@@ -167,20 +172,28 @@ def _unused(chosen: Plan, budget: Budget | None, measured: Measured) -> tuple[st
 
 def _refusal(profile: Profile, budget: Budget | None, chosen: Plan, measured: Measured) -> BudgetError:
     """Where all networks within the budget were slower; the profile's times are corrected for the last one."""
-    offered = tuple(c for c in profile.candidates if SLOWER not in c.caveat)
-    faster = replace(profile, candidates=offered)
-    limits = () if budget is None else budget.limits
-    least = {limit.resource: least_amount(faster, limit.resource) for limit in limits}
+    least = {limit.resource: _least(profile, limit.resource) for limit in (budget.limits if budget else ())}
     amounts = "; ".join(
         f"{resource} {written(resource, amount)} ({share(amount, RESOURCES[resource](profile.before))})"
         for resource, amount in least.items()
     )
     layers = ", ".join(candidate.site for candidate in chosen.candidates if not candidate.is_dense)
     reachable = f" By times corrected for that, the least reachable on its own is {amounts}." if amounts else ""
+    advice = "Raise the budget, allow more methods" if budget else "Choose a rule of lower ranks"
     return BudgetError(
         f"{chosen.budget} is not reachable with the guard: the last network timed takes {measured.ratio:.1%} of the "
-        f"original's time with these layers compressed: {layers}.{reachable} Raise the budget, allow more methods, or "
-        "lift the guard",
+        f"original's time with these layers compressed: {layers}.{reachable} {advice}, or lift "
+        "the guard",
         least=least,
         scale=math.inf,
     )
+
+
+def _least(profile: Profile, resource: str) -> int:
+    """The least of a resource that plans without slower layers need."""
+    amount = RESOURCES[resource]
+    offered = (
+        [c for c in candidates if SLOWER not in c.caveat] or candidates
+        for candidates in (profile.of_site(site.name) for site in profile.sites)
+    )
+    return amount(profile.rest) + sum(min(amount(c.cost) for c in candidates) for candidates in offered)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -11,7 +12,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from tdfx.cache import ListCache, sources_digest
 from tdfx.errors import InputError, OptionError, PlanError
@@ -22,16 +23,20 @@ from tdfx.latency.kit import Kit, kit_of
 from tdfx.onnx_export import export_onnx
 from tdfx.passes.fused_operators import FusedOperators
 from tdfx.passes.shape_prop import ShapeProp, bind
+from tdfx.passes.sites import FindSites
 from tdfx.progress import Report, reporter
 from tdfx.records.candidate import SLOWER_MEASURED, Candidate, format_rank
 from tdfx.records.capture import Capture
 from tdfx.records.cost import Cost, whole_ns
-from tdfx.records.latency import LatencyTable, Runtime, Timing
+from tdfx.records.latency import LatencyTable, Measured, Runtime, Timing
+from tdfx.records.layer import Call
 from tdfx.records.plan import MEASURED, Plan
 from tdfx.records.profile import Profile
 
 FASTER = 0.98  # of a layer's time, that a chain takes at most to count as faster
 MOST_SCALE = 4.0  # by which measured times of chains are corrected
+ELEMENTS_OF_A_CALL = 20_000  # that are reordered in the time that starting a model takes
+MOST_OVERHEAD = 0.9  # of a form's time
 NETWORK = "network.onnx"
 RUN = "run.py"
 
@@ -58,11 +63,12 @@ def measure_latency(
         progress: a function, True, False, or None for a bar on terminals only.
 
     Raises:
-        PlanError: the profile is of another model.
-        OptionError: a site is not float32.
+        PlanError: the profile is of another model, or of inputs of other shapes.
+        OptionError: a site is not float32, or the provider is not there.
         ExportError: the network cannot be exported or run.
     """
     runtime = runtime or Runtime()
+    check_runtime(runtime)
     kit = _kit(captured, profile)
     header = {"runtime": runtime.as_dict(), "host": runner.host()}
     kept = _Kept(cache_dir, header)
@@ -80,10 +86,12 @@ def measure_latency(
     return LatencyTable(runtime, header["host"], **{**measured, "rows": rows})
 
 
-def check_available(runtime: Runtime) -> None:
-    """Raises OptionError unless ONNX Runtime has the provider here."""
+def check_runtime(runtime: Runtime) -> None:
+    """Raises OptionError unless it is a Runtime whose provider ONNX Runtime has here."""
     import onnxruntime as ort
 
+    if not isinstance(runtime, Runtime):
+        raise OptionError(f"runtime is a {type(runtime).__name__}; expected a tdfx.Runtime")
     available = ort.get_available_providers()
     if runtime.provider not in available:
         raise OptionError(
@@ -112,8 +120,16 @@ def measured_rank_grid(runtime: Runtime, cache_dir: str | Path | None = None) ->
         cache_dir: folder that keeps it between runs.
     """
     key = ("rank grid", sources_digest("tdfx.latency"), json.dumps([runtime.as_dict(), runner.host()], sort_keys=True))
-    (grid,) = ListCache(cache_dir).get(key, 1, lambda: [float(measure_rank_grid(runtime.as_dict()))])
-    return int(grid)
+    unsure: list[int] = []
+
+    def measure() -> list[float]:
+        grid, is_sure = measure_rank_grid(runtime.as_dict())
+        if not is_sure:
+            unsure.append(grid)
+        return [float(grid) if is_sure else math.nan]  # which counts as missing the next time
+
+    (grid,) = ListCache(cache_dir).get(key, 1, measure)
+    return unsure[0] if unsure else int(grid)
 
 
 def write_latency_kit(captured: Capture, profile: Profile, folder: str | Path) -> Path:
@@ -132,20 +148,27 @@ def write_latency_kit(captured: Capture, profile: Profile, folder: str | Path) -
         PlanError, OptionError, ExportError: as for ``measure_latency``.
     """
     folder = Path(folder)
-    kit = _kit(captured, profile)
+    kit = _kit(captured, profile, with_grid=True)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        if folder.exists() and any(folder.iterdir()):
             raise InputError(f"{folder} is not empty; choose a new folder")
-        (folder / "models").mkdir()
+        with tempfile.TemporaryDirectory(prefix=".tdfx-", dir=folder.parent) as beside:
+            staged = Path(beside) / folder.name  # becomes the folder when it is whole
+            _write_kit(captured, kit, staged)
+            os.replace(staged, folder)
     except OSError as error:
         raise InputError(f"cannot make {folder}: {error.strerror}") from error
+    return folder
+
+
+def _write_kit(captured: Capture, kit: Kit, folder: Path) -> None:
+    (folder / "models").mkdir(parents=True)
     for key, piece in kit.pieces.items():
         (folder / "models" / f"{key}.onnx").write_bytes(piece.model())
     export_onnx(captured.module, folder / NETWORK, captured.args, captured.kwargs, dynamic=None)
     shutil.copyfile(str(runner.__file__), folder / RUN)
     write_text(folder / "kit.json", json.dumps(kit.listing) + "\n")
-    return folder
 
 
 def with_latency(profile: Profile, table: LatencyTable) -> Profile:
@@ -156,10 +179,11 @@ def with_latency(profile: Profile, table: LatencyTable) -> Profile:
     Raises:
         PlanError: the table is of another network, or lacks a candidate.
     """
-    if table.structure != profile.structure:
+    structure = timed_structure(profile)
+    if table.structure != structure:
         raise PlanError(
-            f"the latency table is of another network (structure {table.structure[:8]}, the profile's "
-            f"{profile.structure[:8]}); measure this one"
+            f"the latency table is of another network or of inputs of other shapes (fingerprint {table.structure[:8]}, "
+            f"the profile's {structure[:8]}); measure this one"
         )
     found = table.by_candidate
     dense_s = {row.site: row.latency_s for row in table.rows if not row.rank}
@@ -172,51 +196,84 @@ def with_latency(profile: Profile, table: LatencyTable) -> Profile:
                 f"the latency table has no time of {candidate.method} {format_rank(candidate.rank)} at "
                 f"{candidate.site}; measure this profile"
             )
-    overhead_s = _overhead(profile, table.network_s, dense_s)
-    rest_s = table.network_s - sum(dense_s[site.name] - overhead_s[site.name] for site in profile.sites)
+    forms_s: dict[str, list[float]] = {}
+    for row in table.rows:
+        forms_s.setdefault(row.site, []).append(row.latency_s)
+    overhead_s = _overhead(profile, table.network_s, dense_s, {name: min(times) for name, times in forms_s.items()})
+    layers_s = sum(dense_s[site.name] - overhead_s[site.name] for site in profile.sites)
+    pace = min(table.network_s / layers_s, 1.0) if layers_s else 1.0
+    is_optional = {candidate.site for candidate in profile.candidates if candidate.is_dense}
 
     def timed(candidate: Candidate) -> Candidate:
-        alone_s = found[candidate.site, candidate.method, candidate.rank]
         overhead = overhead_s[candidate.site]
-        return _timed(candidate, alone_s - overhead, dense_s[candidate.site] - overhead)
+        alone_s = found[candidate.site, candidate.method, candidate.rank]
+        # What a person fixed is offered, however long it takes.
+        has_choice = candidate.site in is_optional or profile.rank_rule is not None
+        layer_s = pace * (dense_s[candidate.site] - overhead) if has_choice else math.inf
+        return _timed(candidate, pace * (alone_s - overhead), layer_s)
 
     return replace(
         profile,
         candidates=tuple(map(timed, profile.candidates)),
         before=replace(profile.before, latency_s=whole_ns(table.network_s)),
-        rest=replace(profile.rest, latency_s=whole_ns(max(rest_s, 0.0))),
+        rest=replace(profile.rest, latency_s=whole_ns(max(table.network_s - layers_s, 0.0))),
         latency_source=MEASURED,
     )
 
 
-def _overhead(profile: Profile, network_s: float, dense_s: Mapping[str, float]) -> dict[str, float]:
+def _overhead(
+    profile: Profile, network_s: float, dense_s: Mapping[str, float], least_s: Mapping[str, float]
+) -> dict[str, float]:
     """Seconds of every site that it takes only because it was timed alone, whatever its form.
 
-    Alone, a layer reads and writes the layout that users see, and the runtime reorders both. That is why all layers
-    together may take longer than the network: the difference is shared out by the elements that they read and write.
+    Alone, a layer is started by itself, and reads and writes the layout that users see, which the runtime reorders.
+    That is why all layers together may take longer than the network: the difference is shared out by calls and by the
+    elements that they read and write, as far as it leaves a part of each form's time.
     """
-    elements = {
-        site.name: sum(math.prod(call.input_shape) + math.prod(call.output_shape) for call in site.layer.calls)
+    weights = {
+        site.name: sum(ELEMENTS_OF_A_CALL + math.prod(c.input_shape) + math.prod(c.output_shape) for c in layer.calls)
         for site in profile.sites
+        for layer in (site.layer,)
     }
-    excess_s = max(sum(dense_s[name] for name in elements) - network_s, 0.0)
-    return {name: excess_s * number / sum(elements.values()) for name, number in elements.items()}
+    most_s = {name: MOST_OVERHEAD * least_s[name] for name in weights}
+    taken_s = dict.fromkeys(weights, 0.0)
+    excess_s = sum(dense_s[name] for name in weights) - network_s
+    while weights and excess_s > 0:
+        shares = {name: excess_s * weight / sum(weights.values()) for name, weight in weights.items()}
+        full = [name for name, share_s in shares.items() if taken_s[name] + share_s >= most_s[name]]
+        for name, share_s in shares.items():
+            given_s = min(share_s, most_s[name] - taken_s[name])
+            taken_s[name] += given_s
+            excess_s -= given_s
+        if not full:
+            break
+        weights = {name: weight for name, weight in weights.items() if name not in full}
+    return taken_s
 
 
-def scaled_chains(profile: Profile, chosen: Plan, ratio: float) -> Profile:
-    """A profile whose chains take so much more or less time that a plan's network takes a ratio of the original's."""
-    dense_s = {c.site: _seconds(c.cost) for c in profile.candidates if c.is_dense}
+def corrected_times(profile: Profile, chosen: Plan, measured: Measured) -> Profile:
+    """A profile by whose times the original, and a plan's network, would have been predicted as they were measured.
+
+    All times follow the original's; those of chains are multiplied by one factor besides.
+    """
+    pace = measured.original_s / _seconds(profile.before)
+    dense_s = {c.site: pace * _seconds(c.cost) for c in profile.candidates if c.is_dense}
     chains_s = sum(_seconds(c.cost) for c in chosen.candidates if not c.is_dense)
-    if not chains_s:
-        return profile
-    wanted_s = chains_s + ratio * _seconds(chosen.before) - _seconds(chosen.after)
-    factor = min(max(wanted_s / chains_s, 1 / MOST_SCALE), MOST_SCALE)
+    wanted_s = chains_s + measured.ratio * _seconds(chosen.before) - _seconds(chosen.after)
+    factor = min(max(wanted_s / chains_s, 1 / MOST_SCALE), MOST_SCALE) if chains_s else 1.0
+
+    def corrected(candidate: Candidate) -> Candidate:
+        latency_s = pace * _seconds(candidate.cost) * (1 if candidate.is_dense else factor)
+        return _timed(candidate, latency_s, dense_s.get(candidate.site, math.inf))
+
+    def paced(cost: Cost) -> Cost:
+        return replace(cost, latency_s=whole_ns(pace * _seconds(cost)))
+
     return replace(
         profile,
-        candidates=tuple(
-            c if c.is_dense else _timed(c, factor * _seconds(c.cost), dense_s.get(c.site, math.inf))
-            for c in profile.candidates
-        ),
+        candidates=tuple(map(corrected, profile.candidates)),
+        before=paced(profile.before),
+        rest=paced(profile.rest),
     )
 
 
@@ -231,23 +288,33 @@ def _seconds(cost: Cost) -> float:
     return cost.latency_s
 
 
-def _kit(captured: Capture, profile: Profile) -> Kit:
+def _kit(captured: Capture, profile: Profile, *, with_grid: bool = False) -> Kit:
     if profile.structure != captured.structure:
         raise PlanError(
             f"the profile is of a model of another structure (fingerprint {profile.structure[:8]}, this model "
             f"{captured.structure[:8]}); profile this one"
         )
     metas = ShapeProp(bind(captured.module, captured.args, captured.kwargs)).run(captured.module)
-    return kit_of(profile, FusedOperators(profile.sites, metas).run(captured.module))
+    sites, _ = FindSites(metas).run(captured.module)
+    calls = {site.name: site.layer.calls for site in sites}
+    for site in profile.sites:
+        if calls.get(site.name) != site.layer.calls:
+            raise PlanError(
+                f"the profile is for inputs of other shapes: layer {site.name} is called on "
+                f"{_shapes(site.layer.calls)} there, here on {_shapes(calls.get(site.name, ()))}; profile these inputs"
+            )
+    fused = FusedOperators(profile.sites, metas).run(captured.module)
+    return replace(kit_of(profile, fused, with_grid=with_grid), structure=timed_structure(profile))
 
 
-def _ratios(text: str) -> dict[str, dict[str, float]]:
-    """What a file of the cache holds; nothing if it is broken."""
-    with suppress(ValueError, AttributeError):
-        values = json.loads(text)
-        if all(isinstance(value, float) for known in values.values() for value in known.values()):
-            return cast(dict[str, dict[str, float]], values)
-    return {}
+def timed_structure(profile: Profile) -> str:
+    """Fingerprint of all that times depend on but the machine: the network's structure, and shapes of its layers."""
+    about = [profile.structure, *((site.name, site.layer.calls) for site in profile.sites)]
+    return sha256(repr(about).encode()).hexdigest()[:32]
+
+
+def _shapes(calls: tuple[Call, ...]) -> str:
+    return ", ".join(str(call.input_shape) for call in calls) or "nothing"
 
 
 class _Kept:
@@ -258,8 +325,10 @@ class _Kept:
         digest = sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
         self.path = None if cache_dir is None else Path(cache_dir) / f"latency-{digest}.json"
         self.ratios: dict[str, dict[str, float]] = {}
-        if self.path is not None and self.path.exists():
-            self.ratios = _ratios(self.path.read_text())
+
+        if self.path is not None:
+            with suppress(OSError, ValueError):  # a broken file counts as missing
+                self.ratios = runner.usable_ratios(json.loads(self.path.read_text()))
 
     def keep(self) -> None:
         """Writes what is known by now."""

@@ -16,6 +16,7 @@ import tdfx
 from tdfx.decompositions import registry
 from tdfx.errors import OptionError, PlanError
 from tdfx.latency.fit import CONSTANTS, cases_of, fit_target
+from tdfx.records.plan import MEASURED
 from tdfx.records.profile import Profile
 from tdfx.targets import ORT_CPU, Target, find_target, layer_cost
 
@@ -42,7 +43,7 @@ def timed_by(target: Target) -> Profile:
         latency_s = sum(layer_cost(layer, target).latency_s or 0.0 for layer in layers)
         return replace(candidate, cost=replace(candidate.cost, latency_s=latency_s))
 
-    return replace(profiled(), candidates=tuple(map(timed, profiled().candidates)))
+    return replace(profiled(), candidates=tuple(map(timed, profiled().candidates)), latency_source=MEASURED)
 
 
 def test_times_of_a_slower_machine_are_explained() -> None:
@@ -66,11 +67,16 @@ def test_alike_layers_count_once() -> None:
 
 
 def test_few_layers_are_refused() -> None:
-    few = replace(profiled(), sites=profiled().sites[:3], candidates=tuple(
+    few = replace(profiled(), latency_source=MEASURED, sites=profiled().sites[:3], candidates=tuple(
         c for c in profiled().candidates if c.site in {s.name for s in profiled().sites[:3]}
     ))  # fmt: skip
     with pytest.raises(PlanError, match="3 layers of different shapes; a fit takes 4 or more"):
         fit_target(few, "few")
+
+
+def test_estimates_are_refused() -> None:
+    with pytest.raises(PlanError, match="latencies are estimated; a fit takes measured ones"):
+        fit_target(profiled(), "mine")
 
 
 def test_a_target_in_a_file(tmp_path: Path) -> None:

@@ -2,43 +2,60 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import onnx
 import pytest
 
-from tdfx.latency.grid import rank_grid
+from tdfx.latency import runner
+from tdfx.latency.grid import WIDTHS, measure_rank_grid, sweep
+
+RUNTIME = {"threads": 1, "provider": "CPUExecutionProvider", "config": {}}
+MACS = {width: 28**2 * (2 * 64 * width + 9 * width**2) for width in WIDTHS}
 
 
-def widths(models: list[bytes]) -> list[int]:
-    """Channels between the convolutions of each model."""
-    graphs = [onnx.load_from_string(model).graph for model in models]
-    convolutions = [[node for node in graph.node if node.op_type == "Conv"] for graph in graphs]
-    shapes = [{tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer} for graph in graphs]
-    makers = [{node.output[0]: node.input[0] for node in graph.node} for graph in graphs]
-    return [int(s[m[c[0].input[1]]][0]) for s, m, c in zip(shapes, makers, convolutions, strict=True)]
-
-
-def macs(width: int) -> int:
-    return 2 * 64 * width + 9 * width**2
+def test_the_sweep_holds_a_chain_of_each_width() -> None:
+    pieces = sweep()
+    assert {width: piece.macs for width, piece in pieces.items()} == MACS
+    for width, piece in pieces.items():
+        graph = onnx.load_from_string(piece.model()).graph
+        shapes = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+        makers = {node.output[0]: node.input[0] for node in graph.node}
+        first = next(node for node in graph.node if node.op_type == "Conv")
+        assert int(shapes[makers[first.input[1]]][0]) == width
 
 
 @pytest.mark.parametrize("block", [1, 4, 8, 16, 32])
 def test_the_block_is_found(block: int) -> None:
-    def time(models: list[bytes]) -> list[float]:
-        found = [-(-width // block) * block for width in widths(models)]
-        return [1e-3 * macs(width) for width in found]
-
-    assert rank_grid(time) == block
+    padded = {width: -(-width // block) * block for width in WIDTHS}
+    assert runner.best_grid({width: 1e-3 * MACS[padded[width]] for width in WIDTHS}, MACS) == block
 
 
 def test_a_disturbance_is_not_taken_for_a_block() -> None:
-    def time(models: list[bytes]) -> list[float]:
-        return [macs(width) * (100.0 if width == 45 else 1.0) for width in widths(models)]
-
-    assert rank_grid(time) == 1
+    assert runner.best_grid({width: MACS[width] * (100.0 if width == 45 else 1.0) for width in WIDTHS}, MACS) == 1
 
 
 def test_reorders_off_a_multiple_of_four_count() -> None:
-    def time(models: list[bytes]) -> list[float]:
-        return [macs(width) * (1.3 if width % 4 else 1.0) for width in widths(models)]
+    assert runner.best_grid({width: MACS[width] * (1.3 if width % 4 else 1.0) for width in WIDTHS}, MACS) == 4
 
-    assert rank_grid(time) == 4
+
+def test_the_order_of_widths_does_not_count() -> None:
+    times = {width: float(MACS[-(-width // 8) * 8]) for width in reversed(WIDTHS)}
+    assert runner.best_grid(times, MACS) == 8
+
+
+@pytest.mark.parametrize("waits", [[0.0], [0.5, 0.0], [0.5] * runner.TRIES])
+def test_a_sweep_beside_which_others_ran_is_taken_again_or_not_sure(
+    waits: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = list(waits)
+
+    def ratios(runs: Sequence[runner.Run], seconds: float) -> list[float]:
+        assert len(runs) == len(WIDTHS)
+        return [float(MACS[-(-width // 16) * 16]) for width in WIDTHS]
+
+    monkeypatch.setattr(runner, "session_run", lambda model, runtime: lambda: None)
+    monkeypatch.setattr(runner, "group_ratios", ratios)
+    monkeypatch.setattr(runner, "waiting", lambda since: left.pop(0))
+    assert measure_rank_grid(RUNTIME) == (16, waits[-1] == 0.0)
+    assert not left

@@ -16,8 +16,8 @@ from tdfx.decompositions.chain import build_layer
 from tdfx.latency.micro_model import WEIGHT, Piece
 from tdfx.records.layer import Call, Fused, LayerSpec, Site
 
-CONV = LayerSpec("conv", "conv2d", 6, 8, (3, 3), (1, 1), (1, 1), dilation=(1, 1)).called_on(((2, 6, 9, 7),))
-LINEAR = LayerSpec("linear", "linear", 6, 8)
+CONV = LayerSpec("conv", "conv2d", 6, 8, (3, 3), (1, 1), (1, 1), dilation=(1, 1), bias=True).called_on(((2, 6, 9, 7),))
+LINEAR = LayerSpec("linear", "linear", 6, 8, bias=True)
 
 LAYERS = {
     "conv": CONV,
@@ -33,6 +33,9 @@ LAYERS = {
     "conv3d": LayerSpec("c", "conv3d", 6, 8, (3, 1, 2), (1, 2, 1), (1, 0, 0), dilation=(1, 1, 1)).called_on(
         ((2, 6, 5, 4, 3),)
     ),
+    "no bias": replace(CONV, bias=False),
+    "rows without bias": replace(LINEAR, bias=False).called_on(((4, 6),)),
+    "sequence without bias": replace(LINEAR, bias=False).called_on(((2, 5, 6),)),
     "rows": LINEAR.called_on(((4, 6),)),
     "sequence": LINEAR.called_on(((2, 5, 6),)),
 }
@@ -53,10 +56,15 @@ def reference(layers: tuple[LayerSpec, ...], value: Tensor) -> Tensor:
     """The layers in torch, all weights and biases alike."""
     with torch.no_grad():
         for layer in layers:
-            value = build_layer(
-                layer, torch.full(layer.weight_shape, WEIGHT), torch.full((layer.out_channels,), WEIGHT)
-            )(value)
+            bias = torch.full((layer.out_channels,), WEIGHT) if layer.bias else None
+            value = build_layer(layer, torch.full(layer.weight_shape, WEIGHT), bias)(value)
     return value
+
+
+def kinds(piece: Piece) -> list[str]:
+    """Operators of a model, those that make weights left out."""
+    nodes = onnx.load_from_string(piece.model()).graph.node
+    return [node.op_type for node in nodes if node.op_type != "ConstantOfShape"]
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
@@ -86,6 +94,26 @@ def test_what_follows_is_computed(name: str, fused: Fused) -> None:
     if "add" in fused:
         wanted = wanted + torch.from_numpy(arrays[1])
     torch.testing.assert_close(found, wanted.relu() if "relu" in fused else wanted, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["conv", "conv1d", "conv3d", "reflect"])
+@pytest.mark.parametrize("fused", ["", "add_relu"])
+def test_an_image_without_a_batch_is_a_batch_of_one(name: str, fused: Fused) -> None:
+    layer = LAYERS[name]
+    alone = layer.called_on((layer.calls[0].input_shape[1:],))
+    arrays, found = run(Piece((alone,), 0, fused))
+    assert arrays[0].shape == (1, *alone.calls[0].input_shape)
+    wanted = reference((layer,), torch.from_numpy(arrays[0]))
+    if fused:
+        wanted = (wanted + torch.from_numpy(arrays[1])).relu()
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_only_the_last_of_a_chain_has_a_bias(bias: bool) -> None:
+    layer = replace(LINEAR, bias=bias).called_on(((2, 5, 6),))
+    chain = registry()["svd"].chain(Site.of(layer), (2,))
+    assert kinds(Piece(chain, 0, "")) == ["MatMul", "MatMul", *(["Add"] if bias else [])]
 
 
 def test_weights_take_no_room() -> None:
@@ -119,7 +147,7 @@ def test_keys_tell_models_apart_and_names_do_not() -> None:
         *(Piece((layer,), 0, "") for name, layer in LAYERS.items() if name != "conv"),
     ]  # fmt: skip
     assert len({piece.key for piece in pieces}) == len({piece.model() for piece in pieces}) == len(pieces)
-    alike = Piece((replace(two, name="other", bias=True),), 0, "")
+    alike = Piece((replace(two, name="other"),), 0, "")
     assert (alike.key, alike.model()) == (pieces[0].key, pieces[0].model())
 
 

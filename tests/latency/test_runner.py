@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
+import onnxruntime as ort
 import pytest
+from onnx import TensorProto, helper
 
 from tdfx.latency import runner
 
@@ -89,9 +94,11 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     return found
 
 
-def measure(ratios: dict[str, dict[str, float]], keep: Callable[[], None] = lambda: None) -> dict[str, Any]:
+def measure(
+    ratios: dict[str, dict[str, float]], keep: Callable[[], None] = lambda: None, kit: dict[str, Any] = KIT
+) -> dict[str, Any]:
     return runner.measure(
-        KIT, "network", lambda key: key, RUNTIME, ratios=ratios, keep=keep, progress=lambda done, total: None
+        kit, "network", lambda key: key, RUNTIME, ratios=ratios, keep=keep, progress=lambda done, total: None
     )
 
 
@@ -100,6 +107,7 @@ def test_rows_are_sums_over_calls_beside_the_network(machine: Machine) -> None:
         "structure": "abc",
         "network_s": 10.0,
         "disturbed": 0,
+        "rank_grid": None,
         "rows": [
             {"site": "a", "method": "dense", "rank": [], "latency_s": 7.0},
             {"site": "a", "method": "svd", "rank": [3], "latency_s": 4.0},
@@ -132,6 +140,38 @@ def test_few_weights_are_in_memory_at_once(machine: Machine, monkeypatch: pytest
     monkeypatch.setattr(runner, "BYTES", 2)
     assert measure({}) == wanted
     assert groups == [3, 2, 2, 2, 2]
+
+
+WIDTHS = range(32, 65)
+GRID: dict[str, Any] = {
+    **KIT,
+    "bytes": KIT["bytes"] | {f"w{width}": 1 for width in WIDTHS},
+    "grid": [[f"w{width}", width, width] for width in WIDTHS],
+}
+
+
+@pytest.fixture
+def blocked(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> Machine:
+    """A machine that computes in blocks of 8 channels."""
+    for width in WIDTHS:
+        monkeypatch.setitem(SECONDS, f"w{width}", float(-(-width // 8)))
+    return machine
+
+
+def test_the_grid_is_measured_with_the_layers_and_kept(blocked: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    without = measure({})
+    ratios: dict[str, dict[str, float]] = {}
+    assert measure(ratios, kit=GRID) == {**without, "rank_grid": 8}
+    blocked.order.clear()
+    assert measure(ratios, kit=GRID)["rank_grid"] == 8
+    assert set(blocked.order) == {"network", "dense", "other"}
+
+
+def test_a_grid_beside_which_others_ran_is_none(blocked: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits = [0.0, 0.0, *[0.5] * runner.TRIES]
+    monkeypatch.setattr(runner, "waiting", lambda since: waits.pop(0))
+    found = measure({}, kit=GRID)
+    assert (found["rank_grid"], found["disturbed"]) == (None, 1)
 
 
 def test_batches_keep_order_and_room() -> None:
@@ -207,6 +247,155 @@ def test_a_thread_that_sleeps_waits_and_one_that_works_does_not() -> None:
     asked = {**RUNTIME, "provider": "CUDAExecutionProvider"}
     assert runner.undisturbed(lambda: time.sleep(0.01) or [1.0], asked) == ([1.0], True)
     assert runner.undisturbed(lambda: time.sleep(0.01) or [1.0], RUNTIME) == ([1.0], False)
+
+
+# --- what is given ---
+
+
+def identity(kind: int) -> bytes:
+    """A model whose output is its input, of a type."""
+    values = [helper.make_tensor_value_info(name, kind, ["batch", 3]) for name in "xy"]
+    graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "g", values[:1], values[1:])
+    opset = [helper.make_opsetid("", 18)]
+    made: bytes = helper.make_model(graph, opset_imports=opset, ir_version=8).SerializeToString()
+    return made
+
+
+@pytest.mark.parametrize("name", [
+    "FLOAT", "DOUBLE", "FLOAT16", "BOOL", "INT8", "INT16", "INT32", "INT64", "UINT8", "UINT16", "UINT32", "UINT64",
+])  # fmt: skip
+def test_inputs_of_all_types_of_numpy_are_drawn(name: str) -> None:
+    kind = getattr(TensorProto, name)
+    (found,) = runner.session_run(identity(kind), RUNTIME)()  # type: ignore[misc]
+    assert found.dtype == helper.tensor_dtype_to_np_dtype(kind) and found.shape == (1, 3)
+    assert bool(np.any(found)) == np.issubdtype(found.dtype, np.floating)
+
+
+def test_inputs_of_other_types_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"input x is a tensor\(string\); values are drawn for tensor\(float\), "):
+        runner.session_run(identity(TensorProto.STRING), RUNTIME)
+
+
+def test_a_provider_that_is_not_there_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"provider 'CUDAish' is not in this ONNX Runtime; expected one of .*CPUExec"):
+        runner.open_session(identity(TensorProto.FLOAT), {**RUNTIME, "provider": "CUDAish"})
+
+
+def test_a_provider_that_does_not_start_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def session(*arguments: Any, **options: Any) -> Any:
+        return SimpleNamespace(get_providers=lambda: ["CPUExecutionProvider"])
+
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ["Fast", "CPUExecutionProvider"])
+    monkeypatch.setattr(ort, "InferenceSession", session)
+    with pytest.raises(ValueError, match="provider 'Fast' does not start here, ONNX Runtime took 'CPUExecution"):
+        runner.open_session(b"", {**RUNTIME, "provider": "Fast"})
+
+
+USABLE = {"a": {"a": 1.0, "b": 0.5}, "b": {"b": 1.0}}
+
+
+def test_ratios_that_were_stored_are_used() -> None:
+    assert runner.usable_ratios(USABLE) == USABLE
+    assert runner.usable_ratios({}) == {}
+
+
+@pytest.mark.parametrize("value", [0.0, -0.5, math.nan, math.inf, "1.0", None, True, 1, [1.0]])
+def test_ratios_that_are_no_positive_numbers_are_not_used(value: object) -> None:
+    assert runner.usable_ratios({**USABLE, "b": {"b": value}}) == {}
+
+
+@pytest.mark.parametrize("values", [None, 3, [], "a", {"a": 1.0}, {"a": None}, {**USABLE, "c": [1.0]}])
+def test_ratios_are_dictionaries(values: object) -> None:
+    assert runner.usable_ratios(values) == {}
+
+
+def unfinished(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "unfinished.json").read_text())
+    return found
+
+
+@pytest.mark.parametrize("content", [b"{", b"{}", b"[]", b"\xff\xfe", b"", b"3", b"[" * 100_000])
+def test_a_broken_file_of_an_earlier_run_counts_as_missing(device: Path, machine: Machine, content: bytes) -> None:
+    (device / "unfinished.json").write_bytes(content)
+    runner.main(device, [])
+    assert "half" in machine.order and unfinished(device)["ratios"]["dense"]["half"] == 0.5
+
+
+@pytest.mark.parametrize("value", [math.nan, -1.0, 0.0, None])
+def test_broken_ratios_of_an_earlier_run_count_as_missing(device: Path, machine: Machine, value: object) -> None:
+    runner.main(device, [])
+    found = unfinished(device)
+    found["ratios"]["dense"]["half"] = value
+    (device / "unfinished.json").write_text(json.dumps(found))
+    machine.order.clear()
+    runner.main(device, [])
+    assert "half" in machine.order and unfinished(device)["ratios"]["dense"]["half"] == 0.5
+
+
+def test_ratios_of_shorter_runs_are_not_used_for_longer_ones(device: Path, machine: Machine) -> None:
+    runner.main(device, ["--seconds", "0"])
+    machine.order.clear()
+    runner.main(device, ["--seconds", "0.01"])
+    assert "half" in machine.order
+    assert "seconds" not in json.loads((device / "latency.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--threads", "0"], "--threads: found 0; expected a whole number of 1 or more"),
+        (["--threads", "-1"], "--threads: found -1; expected"),
+        (["--threads", "1.5"], "--threads: found 1.5; expected"),
+        (["--seconds", "-1"], "--seconds: found -1; expected a number of 0 or more"),
+        (["--seconds", "nan"], "--seconds: found nan; expected"),
+        (["--seconds", "much"], "--seconds: found much; expected"),
+        (["--session-config", "spinning"], "expected KEY=VALUE"),
+    ],
+)
+def test_arguments_are_checked_at_once(
+    arguments: list[str], message: str, device: Path, machine: Machine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        runner.main(device, arguments)
+    assert message in capsys.readouterr().err
+    assert machine.order == []
+
+
+def test_a_kit_that_is_not_there_is_a_plain_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for _ in range(2):
+        with pytest.raises(SystemExit):
+            runner.main(tmp_path, [])
+        assert "cannot read kit.json beside this file" in capsys.readouterr().err
+        (tmp_path / "kit.json").write_text("{")
+
+
+def test_a_device_without_the_provider_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "kit.json").write_text(json.dumps({"groups": [], "rows": [], "bytes": {}, "structure": "abc"}))
+    with pytest.raises(SystemExit):
+        runner.main(tmp_path, ["--provider", "CUDAish"])
+    assert "error: provider 'CUDAish' is not in this ONNX Runtime" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["kit.json"]
+
+
+# --- what is left ---
+
+
+def test_what_is_left_takes_as_long_as_what_was_timed() -> None:
+    assert runner.work_of(GRID, {}) == [2, 1, 32]
+    work = runner.work_of(GRID, {"dense": {"dense": 1.0, "half": 0.5, "third": 0.5}})
+    assert work == [0, 1, 32]
+    assert runner.seconds_left(work, 0, 1.0) is None
+    assert runner.seconds_left(work, 1, 1.0) is None
+    assert runner.seconds_left(work, 2, 0.5) == 16.0
+
+
+def test_progress_says_how_long_it_will_take(
+    device: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(runner, "seconds_left", lambda work, done, elapsed_s: 34.6 if done else None)
+    runner.main(device, [])
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[:3] == ["0 of 2 layers", "1 of 2 layers, about 35 s left", "2 of 2 layers"]
 
 
 def test_session_configuration_is_key_and_value() -> None:

@@ -26,8 +26,11 @@ class Network(nn.Module):
         return self.after(self, self.conv(x), x)
 
 
-def found(network: nn.Module, example: Tensor) -> dict[str, tuple[str, ...]]:
-    captured = tdfx.capture(network.eval(), example)
+def found(
+    network: nn.Module, example: Tensor, *, exported: bool = False, trainable: bool = False
+) -> dict[str, tuple[str, ...]]:
+    model = torch.export.export(network.eval(), (example,)) if exported else network.eval()
+    captured = tdfx.capture(model, example, trainable=trainable)
     metas = ShapeProp(bind(captured.module, captured.args, captured.kwargs)).run(captured.module)
     sites, _ = FindSites(metas).run(captured.module)
     return dict(FusedOperators(sites, metas).run(captured.module))
@@ -54,6 +57,28 @@ def found(network: nn.Module, example: Tensor) -> dict[str, tuple[str, ...]]:
 )
 def test_what_follows(after: Callable[[Network, Tensor, Tensor], Tensor], fused: str) -> None:
     assert found(Network(after), torch.randn(2, 4, 5, 5)) == {"conv": (fused,)}
+
+
+@pytest.mark.parametrize(
+    ("after", "fused"),
+    [
+        (lambda net, y, x: net.relu(y), "relu"),
+        (lambda net, y, x: F.relu(y), "relu"),
+        (lambda net, y, x: y.relu_(), "relu"),
+        (lambda net, y, x: F.relu(x + y), "add_relu"),
+        (lambda net, y, x: y.add_(x), "add"),
+        (lambda net, y, x: F.gelu(y), ""),
+    ],
+)
+def test_what_follows_in_exported_programs(after: Callable[[Network, Tensor, Tensor], Tensor], fused: str) -> None:
+    assert found(Network(after), torch.randn(2, 4, 5, 5), exported=True) == {"conv": (fused,)}
+
+
+@pytest.mark.parametrize("exported", [False, True])
+def test_a_batch_norm_in_between_is_folded_on_export(exported: bool) -> None:
+    network = nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+    example = torch.randn(2, 4, 5, 5)
+    assert found(network, example, exported=exported, trainable=True) == {"0": ("relu",)}
 
 
 def test_every_call_has_its_own() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -20,11 +19,18 @@ from torch import nn
 import tdfx
 from tdfx.errors import BudgetError, InputError, OptionError, PlanError
 from tdfx.latency import runner
-from tdfx.records.latency import LatencyTable, Measured, Runtime, Timing
+from tdfx.records.latency import LatencyTable, Measured, Runtime
 from tdfx.records.profile import Profile
 from tdfx.records.result import Result
 from tdfx.stages import guard as guard_stage
-from tdfx.stages.latency import measure_latency, scaled_chains, with_latency, write_latency_kit
+from tdfx.stages.latency import (
+    corrected_times,
+    measure_latency,
+    measured_rank_grid,
+    timed_structure,
+    with_latency,
+    write_latency_kit,
+)
 
 INPUT = torch.randn(1, 3, 12, 12, generator=torch.Generator().manual_seed(0))
 
@@ -138,9 +144,31 @@ def test_measured_times_take_the_place_of_estimates(table: LatencyTable) -> None
 def test_what_layers_take_alone_is_no_more_than_the_network(table: LatencyTable) -> None:
     quick = replace(table, network_s=0.95 * table.network_s)
     found = with_latency(profiled(), quick)
-    assert found.rest.latency_s == 0
     whole = sum((c.cost for c in found.candidates if c.is_dense), start=found.rest)
     assert whole.latency_s == pytest.approx(quick.network_s, rel=1e-3)
+
+
+@pytest.mark.parametrize("share", [0.9, 0.5, 0.1])
+def test_the_network_as_it_is_takes_its_own_time_however_little_that_is(table: LatencyTable, share: float) -> None:
+    """What starting a small model takes may be more than all that is computed in it."""
+    quick = replace(table, network_s=share * table.network_s)
+    found = with_latency(profiled(), quick)
+    assert tdfx.plan(found, "latency=100%").after.latency_s == pytest.approx(quick.network_s, rel=1e-3)
+    assert all(c.cost.latency_s for c in found.candidates)
+    for site in found.sites:
+        dense, *chains = sorted(found.of_site(site.name), key=lambda c: not c.is_dense)
+        alone = [quick.by_candidate[c.site, c.method, c.rank] for c in chains]
+        assert sorted(alone) == [a for _, a in sorted(zip([c.cost.latency_s for c in chains], alone, strict=True))]
+        assert dense.is_dense
+
+
+def test_a_choice_that_a_person_fixed_is_carried_out_however_slow(timed: list[bytes | str]) -> None:
+    fixed = {"2": {"rank": 20, "methods": ["spatial_svd"]}}
+    found = tdfx.profile(captured(), methods=["spatial_svd"], rank_multiple=4, overrides=fixed)
+    table = measure_latency(captured(), found)
+    slow = replace(table, rows=tuple(replace(r, latency_s=1.0) if r.site == "2" and r.rank else r for r in table.rows))
+    chosen = tdfx.plan(with_latency(found, slow), "flops=90%", slower=False)
+    assert [c.rank for c in chosen.candidates if c.site == "2"] == [(20,)]
 
 
 def test_a_latency_budget_is_kept_and_predicted(table: LatencyTable) -> None:
@@ -212,8 +240,8 @@ def test_a_run_that_was_stopped_goes_on(
 def test_a_broken_cache_is_measured_anew(timed: list[bytes | str], tmp_path: Path) -> None:
     first = measure_latency(captured(), profiled(), cache_dir=tmp_path)
     (kept,) = tmp_path.glob("latency-*.json")
-    for text in ("{", "[]", '{"a": {"b": "c"}}'):
-        kept.write_text(text)
+    for text in (b"{", b"[]", b'{"a": {"b": "c"}}', b"\xff\xfe\x80"):
+        kept.write_bytes(text)
         assert measure_latency(captured(), profiled(), cache_dir=tmp_path) == first
 
 
@@ -266,6 +294,17 @@ def test_tables_of_other_networks_are_refused(table: LatencyTable) -> None:
         measure_latency(captured(), replace(profiled(), structure="other"))
 
 
+def test_times_for_inputs_of_other_shapes_are_refused(timed: list[bytes | str], table: LatencyTable) -> None:
+    larger = tdfx.capture(network()[:6], torch.randn(1, 3, 16, 16))
+    profile = tdfx.profile(larger, methods=["spatial_svd"])
+    smaller = tdfx.capture(network()[:6], INPUT)
+    told = r"layer 0 is called on \(1, 3, 16, 16\) there, here on \(1, 3, 12, 12\); profile these inputs"
+    with pytest.raises(PlanError, match=told):
+        measure_latency(smaller, profile)
+    with pytest.raises(PlanError, match="of inputs of other shapes"):
+        with_latency(tdfx.profile(smaller, methods=["spatial_svd"]), measure_latency(larger, profile))
+
+
 def test_layers_that_are_not_float32_are_refused() -> None:
     found = tdfx.capture(nn.Sequential(nn.Linear(64, 64)).double().eval(), torch.randn(2, 64, dtype=torch.float64))
     with pytest.raises(OptionError, match="layer 0 is float64; latency is measured in float32 only"):
@@ -292,7 +331,8 @@ def test_threads_are_a_number(threads: Any) -> None:
 
 def test_a_kit_runs_without_torch(tmp_path: Path) -> None:
     folder = write_latency_kit(captured(), profiled(), tmp_path / "kit")
-    assert sum(path.stat().st_size for path in (folder / "models").iterdir()) < 1000 * len(profiled().candidates)
+    sizes = [path.stat().st_size for path in (folder / "models").iterdir()]
+    assert sum(sizes) < 1000 * len(sizes)
     python = os.environ.get("TDFX_DEVICE_PYTHON", sys.executable)
     script = (
         "import runpy, sys; sys.modules.update(torch=None, onnx=None, tdfx=None, scipy=None); "
@@ -300,10 +340,23 @@ def test_a_kit_runs_without_torch(tmp_path: Path) -> None:
     )
     subprocess.run([python, "-W", "error", "-c", script], check=True, cwd=tmp_path, capture_output=True)
     table = LatencyTable.from_json((folder / "latency.json").read_text())
-    assert table.structure == profiled().structure
+    assert table.structure == timed_structure(profiled())
     assert len(table.rows) == len(profiled().candidates)
-    assert all(row.latency_s > 0 for row in table.rows)
+    assert all(row.latency_s > 0 for row in table.rows) and table.rank_grid in (1, 2, 4, 8, 16, 32, None)
     assert tdfx.plan(with_latency(profiled(), table), "flops=70%").latency_source == "measured"
+
+
+def test_a_kit_is_there_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object, **options: object) -> None:
+        raise tdfx.ExportError("no")
+
+    monkeypatch.setattr("tdfx.stages.latency.export_onnx", fail)
+    with pytest.raises(tdfx.ExportError):
+        write_latency_kit(captured(), profiled(), tmp_path / "kit")
+    assert not list(tmp_path.iterdir())
+    monkeypatch.undo()
+    (tmp_path / "kit").mkdir()
+    assert (write_latency_kit(captured(), profiled(), tmp_path / "kit") / "run.py").exists()
 
 
 def test_kits_need_a_new_folder(tmp_path: Path) -> None:
@@ -361,6 +414,36 @@ def test_a_network_that_misses_is_planned_anew(timed: list[bytes | str], ratios:
     assert result.report.measured is not None and result.report.measured.plans == 2
     first = tdfx.plan(with_latency(profiled(), measured_once()), "latency=60%")
     assert result.after.flops < first.after.flops
+
+
+def test_a_limit_in_seconds_holds_for_the_seconds_measured(
+    timed: list[bytes | str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The machine has become half as fast since the table was made."""
+    measured_of = guard_stage.measured_of
+
+    def slow(captured: object, original: Path, result: Result, runtime: Runtime) -> Measured:
+        before, after = measured_once().network_s, result.plan.after.latency_s
+        assert after is not None
+        found = result.plan.before.latency_s
+        assert found is not None
+        return measured_of([2 * before] * 5, [2 * before * after / found] * 5, result.plan, runtime)
+
+    monkeypatch.setattr(guard_stage, "time_against_original", slow)
+    limit_us = round(1e6 * 1.2 * measured_once().network_s)
+    result = compress(f"latency={limit_us}us")
+    measured = result.report.measured
+    assert measured is not None and measured.plans == 2
+    assert measured.compressed_s <= 1.1e-6 * limit_us
+
+
+def test_a_network_that_misses_is_handed_over_where_nothing_is_quicker(
+    timed: list[bytes | str], ratios: list[float]
+) -> None:
+    ratios[:] = [3.0]
+    with pytest.warns(UserWarning, match=r"asked 2.0% of the original's time, measured \d+.\d%; 1 plan was made"):
+        result = compress("latency=2%")
+    assert result.report.measured is not None
 
 
 def test_after_three_plans_the_user_is_told(timed: list[bytes | str], ratios: list[float]) -> None:
@@ -457,6 +540,35 @@ def test_a_table_of_another_device_is_planned_with(timed: list[bytes | str], rat
     assert result.after.latency_s is not None and result.after.latency_s <= 0.6 * table.network_s
 
 
+def test_a_guard_by_a_table_says_that_nothing_was_timed_here(timed: list[bytes | str], ratios: list[float]) -> None:
+    result = compress("flops=60%", latency=measured_once(), guard="measured")
+    assert any("the network itself was not timed" in note for note in result.report.notes)
+    assert not any("was not timed" in note for note in compress("latency=60%", latency=measured_once()).report.notes)
+
+
+def test_options_of_other_types_are_refused() -> None:
+    with pytest.raises(OptionError, match="latency is a str; expected a LatencyTable"):
+        compress("latency=60%", latency="latency.json")
+    with pytest.raises(OptionError, match=r"runtime is a dict; expected a tdfx\.Runtime"):
+        compress("latency=60%", runtime={"threads": 2})
+    with pytest.raises(OptionError, match="expected text, and a dictionary of texts"):
+        Runtime(config={"session.intra_op.allow_spinning": 1})  # type: ignore[dict-item]
+    with pytest.raises(OptionError, match="provider 'Fast' is not in this ONNX Runtime"):
+        measure_latency(captured(), profiled(), runtime=Runtime(provider="Fast"))
+
+
+def test_a_disturbed_rank_grid_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [(1, False), (16, True), (8, True)]
+    monkeypatch.setattr("tdfx.stages.latency.measure_rank_grid", lambda runtime: found.pop(0))
+    assert [measured_rank_grid(Runtime(), tmp_path) for _ in range(3)] == [1, 16, 16]
+
+
+def test_a_rule_whose_network_is_slower_is_refused_by_the_guard(timed: list[bytes | str], ratios: list[float]) -> None:
+    ratios[:] = [1.9]
+    with pytest.raises(BudgetError, match=r"ranks=energy=0.9.* not reachable with the guard.* Choose a rule of lower"):
+        tdfx.compress(network(), INPUT, ranks="energy=0.9", methods=["spatial_svd"], guard="measured")
+
+
 def test_a_network_left_as_it_is_passes_the_guard(timed: list[bytes | str], ratios: list[float]) -> None:
     ratios[:] = [1.0]
     result = compress("flops=100%", guard="measured")
@@ -468,16 +580,20 @@ def test_an_unknown_guard_is_refused() -> None:
         compress("flops=60%", guard="on")
 
 
-def test_the_factor_makes_the_last_network_predicted(table: LatencyTable) -> None:
+@pytest.mark.parametrize("pace", [1.0, 2.5])
+def test_corrected_times_predict_what_was_measured(table: LatencyTable, pace: float) -> None:
     found = with_latency(profiled(), table)
     chosen = tdfx.plan(found, "latency=60%")
-    assert chosen.before.latency_s is not None
-    scaled = scaled_chains(found, chosen, 0.72)
+    before_s = chosen.before.latency_s
+    assert before_s is not None
+    measured = guard_stage.measured_of([pace * before_s] * 5, [pace * 0.72 * before_s] * 5, chosen, Runtime())
+    scaled = corrected_times(found, chosen, measured)
     by_candidate = {(c.site, c.method, c.rank): c.cost for c in scaled.candidates}
     again = sum((by_candidate[c.site, c.method, c.rank] for c in chosen.candidates), start=scaled.rest)
-    assert again.latency_s == pytest.approx(0.72 * chosen.before.latency_s, rel=1e-4)
-    dense = tdfx.plan(found, "latency=100%")
-    assert scaled_chains(found, dense, 1.5) == found
+    assert again.latency_s == pytest.approx(pace * 0.72 * before_s, rel=1e-4)
+    assert scaled.before.latency_s == pytest.approx(pace * before_s, rel=1e-4)
+    dense = tdfx.plan(scaled, "latency=100%")
+    assert corrected_times(scaled, dense, replace(measured, ratio=1.5)) == scaled
 
 
 def test_a_real_measurement_end_to_end(tmp_path: Path) -> None:
@@ -494,12 +610,3 @@ def test_the_grid_is_measured_where_it_is_not_given(
     monkeypatch.setattr("tdfx.stages.compress.measured_rank_grid", lambda runtime, cache_dir: 8)
     ratios[:] = [1.0]
     assert tdfx.compress(network(), INPUT, budget="latency=60%", methods=["spatial_svd"]).plan.rank_multiple == 8
-
-
-def test_rows_are_named() -> None:
-    assert Timing("a", "svd", (3,), 1e-3).site == "a"
-    assert json.loads(json.dumps(Runtime(2).as_dict())) == {
-        "threads": 2,
-        "provider": "CPUExecutionProvider",
-        "config": {},
-    }
