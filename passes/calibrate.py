@@ -13,9 +13,21 @@ from torch import Tensor, fx
 from tdfx.im2col import chunks, output_rows
 from tdfx.moments import SiteMoments
 from tdfx.passes.base import AnalysisPass, Layer, layer_at
-from tdfx.records.layer import LayerSpec
+from tdfx.records.layer import LayerSpec, Shape
 
 BLOCK = 512  # columns of one product; of a symmetric matrix only the upper blocks are computed
+
+
+def covariance_shape(layer: LayerSpec, gradients: bool) -> Shape:
+    """Of what is kept of the covariance of a layer's n inputs: (n, n), or (groups, n / groups, n / groups).
+
+    What lies between two groups counts together with gradients only; of depthwise layers, whose n is out of all
+    proportion to their cost, it is left out.
+    """
+    n, groups = layer.in_channels * math.prod(layer.kernel_size), layer.groups
+    if groups > 1 and (not gradients or groups == layer.in_channels):
+        return groups, n // groups, n // groups
+    return n, n
 
 
 @dataclass
@@ -24,7 +36,7 @@ class Sums:
 
     Attributes:
         total: (n,), of the inputs about the shift.
-        gram: (n, n), of their products; blocks below the diagonal stay zero.
+        gram: of ``covariance_shape``, of their products; blocks below the diagonal of a matrix stay zero.
         out_gram: (out, out), of the products of gradients; likewise. None without a loss.
         shift: (n,), about the mean of the inputs; None before the first call. Products of what is left are small
             where the mean is large, so that they can be computed in the inputs' own precision.
@@ -43,11 +55,12 @@ class Sums:
 
     @classmethod
     def of(cls, layer: LayerSpec, gradients: bool) -> Sums:
-        """Zeros for a layer in one group."""
-        n, out = layer.in_channels * math.prod(layer.kernel_size), layer.out_channels
+        """Zeros for a layer."""
+        shape, out = covariance_shape(layer, gradients), layer.out_channels
+        n = layer.in_channels * math.prod(layer.kernel_size)
         zeros = torch.zeros(out, out, dtype=torch.float64) if gradients else None
         overlap = math.prod(math.ceil(size / step) for size, step in zip(layer.kernel_size, layer.stride, strict=True))
-        sums = torch.zeros(n, dtype=torch.float64), torch.zeros(n, n, dtype=torch.float64)
+        sums = torch.zeros(n, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64)
         return cls(*sums, zeros, overlap=overlap)
 
     def add_input(self, value: Tensor, layer: Layer) -> None:
@@ -59,7 +72,7 @@ class Sums:
         for rows in chunks(value, layer):
             rows = rows - shift
             self.total += _column_sums(rows)
-            _add_products(self.gram, rows)
+            (_add_products if self.gram.dim() == 2 else _add_blocks)(self.gram, rows)
             self.positions += len(rows)
 
     def add_gradient(self, gradient: Tensor, layer: Layer) -> None:
@@ -72,7 +85,9 @@ class Sums:
         """Mean and centred second moment by position, second moment of the gradients by sample; uses the sums up."""
         assert self.shift is not None
         apart = self.total / self.positions
-        in_cov = _whole(self.gram).div_(self.positions).sub_(apart[:, None] * apart)
+        in_cov = _whole(self.gram) if self.gram.dim() == 2 else self.gram
+        means = apart.reshape(*in_cov.shape[:-2], -1)
+        in_cov = in_cov.div_(self.positions).sub_(means[..., :, None] * means[..., None, :])
         out_cov = None if self.out_gram is None else _whole(self.out_gram).div_(samples).float()
         observations = max(self.positions // self.overlap, samples)
         self.reached &= out_cov is None or bool(out_cov.any())  # squares of tiny gradients are 0
@@ -156,6 +171,13 @@ def _add_products(total: Tensor, rows: Tensor) -> None:
         for j, right in enumerate(parts[i:], i):
             block = total[i * BLOCK : (i + 1) * BLOCK, j * BLOCK : (j + 1) * BLOCK]
             block += (left.T @ right).to(block.device)
+
+
+def _add_blocks(total: Tensor, rows: Tensor) -> None:
+    """Adds the diagonal blocks (groups, n / groups, n / groups) of rows^T rows."""
+    parts = rows.T.reshape(*total.shape[:2], -1)
+    products = parts @ parts.mT
+    total += ((products + products.mT) / 2).to(total.device)
 
 
 def _whole(total: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from tdfx.cache import ListCache, sources_digest
 from tdfx.decompositions.base import Decomposition, whitened
+from tdfx.decompositions.grouped import in_groups
 from tdfx.decompositions.metric import Metric
 from tdfx.errors import OptionError, WeightError
 from tdfx.fingerprint import tensor_digest
@@ -94,17 +95,17 @@ class FindCandidates(AnalysisPass[tuple[tuple[Candidate, ...], tuple[Skipped, ..
         found: list[Candidate] = []
         reasons = []
         form, chained = self.scoring.form(site), self.scoring.chained(site)
-        for method in self.selection.methods_for(site):
+        for method in (in_groups(method, site.layer.groups) for method in self.selection.methods_for(site)):
             refusal = method.unsupported(site)
             ranks, reason = ((), refusal) if refusal else self._ranks(method, site, weight, pinned)
             if not ranks:
                 reasons.append(reason)
                 continue
-            norms = self._norms(method, weight, ranks, form)
+            norms = self._norms(method, site, weight, ranks, form)
             for rank, norm in zip(ranks, norms, strict=True):
                 cost = chain_cost(method, chained, rank, self.target)
                 error = error_of(self.scoring.metric, norm, weight, form)
-                caveat = "" if pinned else self._caveat(rank, cost, dense)
+                caveat = "" if pinned else self._caveat(rank, method.grid(site, self.rank_multiple), cost, dense)
                 found.append(Candidate(site.name, method.name, rank, cost, error, self.scoring.metric, caveat))
         return found, "; ".join(reasons)
 
@@ -118,14 +119,15 @@ class FindCandidates(AnalysisPass[tuple[tuple[Candidate, ...], tuple[Skipped, ..
         if self.rule is not None:
             return self._ruled(self.rule, method, site, weight)
         white = whitened(weight, self.scoring.form(site))
-        on_grid = method.shortlist(site, white, method.ranks(site, self.rank_multiple))
-        return tuple(dict.fromkeys((*method.ranks_below(site, self.rank_multiple), *on_grid))), none_fits
+        grid = method.grid(site, self.rank_multiple)
+        on_grid = method.shortlist(site, white, method.ranks(site, grid))
+        return tuple(dict.fromkeys((*method.ranks_below(site, grid), *on_grid))), none_fits
 
     def _ruled(self, rule: RankRule, method: Decomposition, site: Site, weight: Tensor) -> tuple[tuple[Rank, ...], str]:
-        rank = rule.rank(method, site, weight, lambda rank: self._norms(method, weight, (rank,), None)[0])
+        rank = rule.rank(method, site, weight, lambda rank: self._norms(method, site, weight, (rank,), None)[0])
         if 0 in rank:
             return (), f"ranks={rule} finds only noise (rank {format_rank(rank)} of {method.name})"
-        rank = method.clamp(site, to_multiple(rank, self.rank_multiple))
+        rank = method.clamp(site, to_multiple(rank, method.grid(site, self.rank_multiple)))
         if not method.saves(site, rank):
             return (
                 (),
@@ -134,17 +136,17 @@ class FindCandidates(AnalysisPass[tuple[tuple[Candidate, ...], tuple[Skipped, ..
         return (rank,), ""
 
     def _norms(
-        self, method: Decomposition, weight: Tensor, ranks: tuple[Rank, ...], form: Metric | None
+        self, method: Decomposition, site: Site, weight: Tensor, ranks: tuple[Rank, ...], form: Metric | None
     ) -> list[float]:
         code = sources_digest("tdfx.decompositions")
         covariances = () if form is None else (form.in_cov, form.out_cov)
         digests = tuple(None if tensor is None else tensor_digest(tensor) for tensor in (weight, *covariances))
-        key = (VERSION, torch.__version__, code, method.name, digests, ranks, self.seed)
+        key = (VERSION, torch.__version__, code, method.name, site.layer.groups, digests, ranks, self.seed)
         return self.cache.get(key, len(ranks), lambda: method.errors(weight, ranks, form, seed=self.seed))
 
-    def _caveat(self, rank: Rank, cost: Cost, dense: Cost) -> str:
-        off_grid = self.rule is None and any(r % self.rank_multiple for r in rank)
-        caveats = [f"rank off the grid of {self.rank_multiple}"] if off_grid else []
+    def _caveat(self, rank: Rank, grid: int, cost: Cost, dense: Cost) -> str:
+        off_grid = self.rule is None and any(r % grid for r in rank)
+        caveats = [f"rank off the grid of {grid}"] if off_grid else []
         if cost.latency_s is not None and dense.latency_s is not None and cost.latency_s >= dense.latency_s:
             caveats.append(SLOWER_ESTIMATED)
         return " and ".join(caveats)

@@ -18,6 +18,9 @@ KINDS: dict[type[nn.Module], Kind] = {
     nn.Conv2d: "conv2d",
     nn.Conv3d: "conv3d",
 }
+DEPTHWISE_KERNEL = (
+    5  # in two directions: two vectors of 3 have two thirds of the elements of 3 x 3, and take a pass more
+)
 
 
 @dataclass(frozen=True)
@@ -93,12 +96,20 @@ def _obstacle(graph_module: fx.GraphModule, name: str) -> str | None:
     dtype = str(module.weight.dtype).removeprefix("torch.")
     if dtype not in ITEMSIZE:
         return f"its weight is {dtype}; expected one of {', '.join(ITEMSIZE)}"
-    if not isinstance(module, nn.Linear) and module.groups > 1:
-        return f"a convolution in {module.groups} groups is not decomposed; it is cheap already where groups are many"
+    if not isinstance(module, nn.Linear) and _is_small_depthwise(module):
+        size = " x ".join(map(str, module.kernel_size))
+        least = f"{DEPTHWISE_KERNEL} x {DEPTHWISE_KERNEL}"
+        return f"a depthwise {size} convolution is cheap already; kernels of {least} and more are decomposed"
     others = sharers(graph_module, name)
     if others:
         return f"it shares parameters with {', '.join(others)}; a chain for one of them would break the tie"
     return None
+
+
+def _is_small_depthwise(module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> bool:
+    """Whether each group has one input channel, and no two directions of the kernel are worth separating."""
+    large = [size for size in module.kernel_size if size >= DEPTHWISE_KERNEL]
+    return module.groups == module.in_channels > 1 and len(large) < 2
 
 
 def _raw_parameters(graph_module: fx.GraphModule) -> list[Skipped]:

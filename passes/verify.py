@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 
 from tdfx.decompositions import registry
 from tdfx.decompositions.base import Decomposition
+from tdfx.decompositions.grouped import in_groups
 from tdfx.errors import VerificationError
 from tdfx.passes.base import AnalysisPass, Layer, fork, layer_at, set_submodule
 from tdfx.passes.factorize import Replacement
@@ -58,7 +59,8 @@ def reconstructed_layer(layer: Layer, replacement: Replacement) -> Layer:
     chain = [cast(Layer, factor) for factor in replacement.chain]
     factors = replacement.factors or [factor.weight.detach() for factor in chain]
     rounded = [factor.to(layer.weight.dtype).double() for factor in factors]
-    dense.weight = nn.Parameter(registry()[replacement.method].reconstruct(rounded))
+    method = in_groups(registry()[replacement.method], getattr(layer, "groups", 1))
+    dense.weight = nn.Parameter(method.reconstruct(rounded))
     if chain[-1].bias is not None:
         dense.bias = nn.Parameter(chain[-1].bias.detach().double())
     return dense
@@ -95,9 +97,10 @@ class VerifyFullRank(AnalysisPass[dict[str, float]]):
     def apply(self, graph_module: fx.GraphModule) -> dict[str, float]:
         found = {}
         for method in self.methods:
-            sites = [site for site in self.sites if method.unsupported(site) is None]
+            at = {site.name: in_groups(method, site.layer.groups) for site in self.sites}
+            sites = [site for site in self.sites if at[site.name].unsupported(site) is None]
             layers = {site.name: copy.deepcopy(layer_at(graph_module, site.name)).double() for site in sites}
-            chains = {site.name: self._full_rank_chain(method, site, layers[site.name]) for site in sites}
+            chains = {site.name: self._full_rank_chain(at[site.name], site, layers[site.name]) for site in sites}
             differences = compare_layers(graph_module, self.inputs, layers, chains, FULL_RANK_RTOL, method.name)
             found.update({f"{name}.{method.name}": value for name, value in differences.items()})
         return found

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, fx
 
-from tdfx.decompositions import registry
+from tdfx.decompositions import method_for
 from tdfx.decompositions.base import Decomposition, Factors
 from tdfx.passes.base import layer_at
 from tdfx.passes.candidates import site_weight
@@ -65,7 +65,7 @@ def solve(graph_module: fx.GraphModule, site: Site, candidate: Candidate, scorin
     Raises:
         WeightError: the weight holds NaN or Inf.
     """
-    method = registry()[candidate.method]
+    method = method_for(site, candidate.method)
     weight, layer = site_weight(graph_module, site), layer_at(graph_module, site.name)
     factors = method.solve(weight, candidate.rank, scoring.form(site), seed=seed)
     bias = scoring.bias(site, layer.bias, weight - method.reconstruct(factors))

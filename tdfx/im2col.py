@@ -18,11 +18,12 @@ def im2col(value: Tensor, layer: Layer) -> Tensor:
 
     Args:
         value: the layer's input: (..., in) of a Linear, (N, in, *spatial) or (in, *spatial) of a convolution.
-        layer: a Linear or a convolution in one group, of any stride, padding, padding mode and dilation.
+        layer: a Linear or a convolution, of any groups, stride, padding, padding mode and dilation.
 
     Returns:
-        (positions, in * prod(kernel)), columns in the order of ``weight.flatten(1)``, padding included; positions in
-        the order of the output, sample by sample. It may share memory with the input.
+        (positions, in * prod(kernel)), columns in the order of ``weight.flatten(1)``, of one group after
+        another, padding included; positions in the order of the output, sample by sample. It may share memory with
+        the input.
     """
     return value.reshape(-1, value.shape[-1]) if isinstance(layer, nn.Linear) else _rows(_windows(value, layer), layer)
 

@@ -58,8 +58,10 @@ def needs_moments(metric: str) -> bool:
     return not metric.startswith("weight")
 
 
-def form_of(metric: str, moments: SiteMoments | None, *, corrected: bool, shrink: bool = True) -> Metric | None:
-    """The quadratic form that a site's factors are solved in; None for the Frobenius norm.
+def form_of(
+    metric: str, moments: SiteMoments | None, *, corrected: bool, shrink: bool = True, groups: int = 1
+) -> Metric | None:
+    """The quadratic form that the factors of a site, in so many groups, are solved in; None for the Frobenius norm.
 
     Without the bias corrected the mean of the inputs counts as well. Without ``shrink`` the form is that of the inputs
     that were seen, with it an estimate for others (``shrinkage``).
@@ -67,13 +69,14 @@ def form_of(metric: str, moments: SiteMoments | None, *, corrected: bool, shrink
     if moments is None or not needs_moments(metric):
         return None
     observations = moments.observations if shrink else None
-    covariance, mean = shrunk(moments.in_cov.double(), observations), moments.mean.double()
+    covariance, mean = shrunk(moments.in_cov.double(), observations, groups), moments.mean.double()
     if shrink and not covariance.any():  # one observation has no spread: as large as the input itself then
-        covariance = mean.square().mean() * torch.eye(len(mean), dtype=mean.dtype)
+        covariance = covariance + mean.square().mean() * torch.eye(covariance.shape[-1], dtype=mean.dtype)
     if not corrected:
-        covariance = covariance + mean[:, None] * mean
+        means = mean.reshape(*covariance.shape[:-2], -1)
+        covariance = covariance + means[..., :, None] * means[..., None, :]
     out_cov = moments.out_cov if metric == LOSS else None
-    return Metric(covariance, None if out_cov is None else shrunk(out_cov.double(), observations))
+    return Metric(covariance, None if out_cov is None else shrunk(out_cov.double(), observations, groups), groups)
 
 
 def error_of(metric: str, norm: float, weight: Tensor, form: Metric | None) -> float:

@@ -28,7 +28,8 @@ class SiteMoments:
 
     Attributes:
         mean: (n,), of the layer's im2col input over samples and output positions, padding included.
-        in_cov: (n, n), centred second moment of it, per position.
+        in_cov: (n, n), centred second moment of it, per position; or its diagonal blocks, (groups, n / groups,
+            n / groups), of a layer in groups.
         out_cov: (out, out), second moment of the loss's gradient at the layer's output, summed over a sample's
             positions; None without a loss.
         observations: how many independent inputs the covariances are of; None takes them as exact. Positions of all
@@ -76,9 +77,9 @@ class Moments:
     def scarcity(self) -> str | None:
         """A sentence on sites whose inputs have more values than there are observations; None if there are none."""
         scarce = {
-            name: (site.observations, len(site.mean))
+            name: (site.observations, site.in_cov.shape[-1])
             for name, site in self.sites.items()
-            if site.observations is not None and site.observations < len(site.mean)
+            if site.observations is not None and site.observations < site.in_cov.shape[-1]
         }
         if not scarce:
             return None

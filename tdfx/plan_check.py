@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tdfx.decompositions import registry
+from tdfx.decompositions import method_for, registry
 from tdfx.errors import PlanError
 from tdfx.moments import Moments
 from tdfx.records.candidate import Candidate, format_rank
@@ -70,9 +70,9 @@ def check_moments(plan: Plan, moments: Moments | None) -> None:
 def _check_candidate(candidate: Candidate, site: Site) -> None:
     if candidate.is_dense:
         return
-    method = registry().get(candidate.method)
-    if method is None:
+    if candidate.method not in registry():
         raise PlanError(f"{site.name}: unknown method {candidate.method!r}; known are dense, {', '.join(registry())}")
+    method = method_for(site, candidate.method)
     refusal = method.unsupported(site)
     if refusal is not None:
         raise PlanError(f"{site.name}: {candidate.method} does not apply: {refusal}")

@@ -101,7 +101,7 @@ class RankRule:
     def _ratio(self, method: Decomposition, site: Site, weight: Tensor) -> Rank:
         sizes, matrices = method.full_rank(site), method.unfoldings(weight)
         if len(matrices) > len(sizes):
-            sizes = (max(len(matrix) for matrix in matrices),)
+            sizes = (max(matrix.shape[-2] for matrix in matrices),)
         return tuple(round(float(self.share) * size) for size in sizes)
 
     def _energy_rank(self, matrix: Tensor) -> int:
@@ -134,7 +134,11 @@ def to_multiple(rank: Rank, multiple: int) -> Rank:
 
 
 def _of_unfoldings(method: Decomposition, site: Site, weight: Tensor, rank_of: Callable[[Tensor], int]) -> Rank:
-    ranks = tuple(rank_of(matrix) for matrix in method.unfoldings(weight))
+    def most(unfolding: Tensor) -> int:
+        """Of the groups, which share one rank, if the layer has any."""
+        return max(map(rank_of, unfolding)) if unfolding.dim() == 3 else rank_of(unfolding)
+
+    ranks = tuple(map(most, method.unfoldings(weight)))
     if len(ranks) == len(method.full_rank(site)):
         return ranks
     return (0,) if 0 in ranks else (max(ranks),)

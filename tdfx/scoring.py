@@ -47,7 +47,7 @@ class Scoring:
     def form(self, site: Site, *, shrink: bool = True) -> Metric | None:
         """What the site's factors are solved in, or without ``shrink`` judged by; None for the Frobenius norm."""
         moments = None if self.moments is None else self.moments.sites.get(site.name)
-        return form_of(self.metric, moments, corrected=site.name in self.means, shrink=shrink)
+        return form_of(self.metric, moments, corrected=site.name in self.means, shrink=shrink, groups=site.layer.groups)
 
     def chained(self, site: Site) -> Site:
         """The site as its chain has it, with a bias where one is corrected."""
@@ -60,7 +60,8 @@ class Scoring:
         mean = self.means.get(site.name)
         if mean is None:
             return bias
-        shift = difference.flatten(1) @ mean
+        groups = site.layer.groups
+        shift = (difference.reshape(groups, len(difference) // groups, -1) @ mean.reshape(groups, -1, 1)).flatten()
         return shift if bias is None else bias.detach().double() + shift
 
     def error(self, weight: Tensor, difference: Tensor, form: Metric | None) -> float:

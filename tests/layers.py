@@ -34,6 +34,7 @@ def dense_layer(site: Site, weight: Tensor) -> nn.Module:
         "stride": spec.stride,
         "padding": spec.padding,
         "dilation": spec.dilation,
+        "groups": spec.groups,
         "padding_mode": spec.padding_mode,
     }  # fmt: skip
     layer = LAYERS[spec.kind](spec.in_channels, spec.out_channels, bias=spec.bias, dtype=torch.float64, **options)

@@ -13,7 +13,9 @@ from functools import cache
 from importlib import import_module
 
 from tdfx.decompositions.base import Decomposition
+from tdfx.decompositions.grouped import in_groups
 from tdfx.errors import OptionError
+from tdfx.records.layer import Site
 
 
 @cache
@@ -26,6 +28,11 @@ def registry() -> dict[str, Decomposition]:
             if _is_method(value) and value.__module__ == module.__name__:
                 found[value.name] = value()
     return dict(sorted(found.items()))
+
+
+def method_for(site: Site, name: str) -> Decomposition:
+    """The method of this name as it is at a site, whose layer may be in groups."""
+    return in_groups(registry()[name], site.layer.groups)
 
 
 def find_methods(names: Iterable[str] | None) -> tuple[Decomposition, ...]:
@@ -51,4 +58,5 @@ def find_methods(names: Iterable[str] | None) -> tuple[Decomposition, ...]:
 
 
 def _is_method(value: object) -> bool:
-    return inspect.isclass(value) and issubclass(value, Decomposition) and not inspect.isabstract(value)
+    is_concrete = inspect.isclass(value) and issubclass(value, Decomposition) and not inspect.isabstract(value)
+    return is_concrete and hasattr(value, "name")  # what has a name only of another's is no method of its own

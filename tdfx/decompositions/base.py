@@ -38,10 +38,10 @@ class Decomposition(ABC):
         steps: of refinement in a metric, to compare candidates.
     """
 
-    name: ClassVar[str]
-    summary: ClassVar[str]
-    source: ClassVar[str]
-    max_ranks: ClassVar[int] = 24
+    name: str
+    summary: str
+    source: str
+    max_ranks: int = 24
     steps: ClassVar[int] = 10
 
     @abstractmethod
@@ -99,6 +99,10 @@ class Decomposition(ABC):
         # Costs grow with the rank, so those that save anything come first.
         cheaper = bisect_left(grid, True, key=lambda rank: not self.saves(site, (rank,)))
         return tuple((grid[index],) for index in spaced(0, cheaper - 1, 1, self.max_ranks))
+
+    def grid(self, site: Site, multiple: int) -> int:
+        """What ranks are to be multiples of, on a target whose grid is ``multiple``."""
+        return multiple
 
     def ranks_below(self, site: Site, multiple: int) -> tuple[Rank, ...]:
         """Powers of two under a grid of ``multiple``, equal in all modes: the cheapest the method can be made."""

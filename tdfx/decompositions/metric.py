@@ -30,19 +30,52 @@ LARGE = 1024  # columns from which products with S that need no more are in floa
 class Metric:
     """tr(G D S D^T) of a difference D of weights.
 
+    The weight of a layer in groups stands for the matrix (out, n) whose diagonal blocks are the groups' weights.
+
     Attributes:
-        in_cov: S, (n, n) float64, n = in times the kernel's positions, in the order of the unfolded weight.
+        in_cov: S, (n, n) float64, n = in times the kernel's positions, in the order of the unfolded weight; or its
+            diagonal blocks, (groups, n / groups, n / groups), where what lies outside of them is taken for zero.
         out_cov: G, (out, out) float64; None for the identity.
+        groups: of the layer.
     """
 
     in_cov: Tensor
     out_cov: Tensor | None = None
+    groups: int = 1
+
+    @property
+    def crosses_groups(self) -> bool:
+        """Whether the differences of two groups together count other than one by one."""
+        return self.groups > 1 and self.in_cov.dim() == 2 and self.out_cov is not None
+
+    @cached_property
+    def parts(self) -> tuple[Metric, ...]:
+        """The diagonal blocks: what each group's weight alone is measured in."""
+        if self.groups == 1:
+            return (self,)
+        in_covs = diagonal_blocks(self.in_cov, self.groups)
+        out_covs = [None] * self.groups if self.out_cov is None else diagonal_blocks(self.out_cov, self.groups)
+        return tuple(Metric(*pair) for pair in zip(in_covs, out_covs, strict=True))
 
     def norm(self, difference: Tensor) -> float:
         """sqrt(tr(G D S D^T)) of a difference (out, ...), flattened after its first dimension."""
         matrix = difference.flatten(1)
+        if self.crosses_groups:
+            return self._norm_across(matrix)
+        if self.groups > 1:
+            return math.hypot(
+                *(form.norm(part) for form, part in zip(self.parts, matrix.chunk(self.groups), strict=True))
+            )
         energy = self.times_in_cov(matrix) * (matrix if self.out_cov is None else self.out_cov @ matrix)
         return math.sqrt(max(float(energy.sum()), 0.0))
+
+    def _norm_across(self, matrix: Tensor) -> float:
+        """The same for the blocks D_i, (out, n / groups) in all, of a difference."""
+        assert self.out_cov is not None
+        blocks = matrix.chunk(self.groups)
+        left = torch.cat([d @ s for d, s in zip(blocks, self.in_cov.chunk(self.groups), strict=True)])
+        right = torch.cat([g @ d for d, g in zip(blocks, self.out_cov.chunk(self.groups, 1), strict=True)], 1)
+        return math.sqrt(max(float((left * right).sum()), 0.0))
 
     def times_in_cov(self, matrix: Tensor) -> Tensor:
         """M S for a matrix (m, n), in its precision; of float64 where n is ``LARGE`` to float32's precision."""
@@ -73,12 +106,23 @@ class Metric:
         return None if self.out_cov is None else roots(self.out_cov)
 
     def whitened(self, weight: Tensor) -> Tensor:
-        """A weight (out, in, *kernel) in the coordinates in which its outputs and input channels are white."""
-        return _whitened(self, weight)
+        """A weight (out, in / groups, *kernel) in coordinates in which its outputs and input channels are white."""
+        if self.groups == 1:
+            return _whitened(self, weight)
+        weights = weight.chunk(self.groups)
+        return torch.cat([_whitened(form, part) for form, part in zip(self.parts, weights, strict=True)])
 
     def channel_roots(self, channels: int) -> tuple[Tensor, Tensor]:
         """S^1/2 and its inverse of the input channels alone, S averaged over the kernel's positions."""
         return _channel_roots(self, channels)
+
+
+def diagonal_blocks(matrix: Tensor, groups: int) -> Tensor:
+    """(groups, n / groups, n / groups) of (n, n), in shared memory; blocks are returned as they are."""
+    if matrix.dim() == 3:
+        return matrix
+    size = len(matrix) // groups
+    return matrix.reshape(groups, size, groups, size).diagonal(dim1=0, dim2=2).movedim(-1, 0)
 
 
 def along(tensor: Tensor, dim: int, matrix: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 from tdfx.decompositions.base import Decomposition, Factors
 from tdfx.decompositions.chain import link, pointwise, spatial
 from tdfx.decompositions.metric import Metric, metric_svd
-from tdfx.decompositions.spectrum import tail_norms
+from tdfx.decompositions.spectrum import tail_norms, thin_svd
 from tdfx.records.layer import LayerSpec, Rank, Site
 
 
@@ -59,6 +59,10 @@ class SVD(Decomposition):
 
     def filters(self, factors: Sequence[Tensor]) -> Tensor:
         return factors[0]
+
+    def guesses(self, weight: Tensor, ranks: Sequence[Rank]) -> list[float]:
+        """What the truncated SVD leaves."""
+        return tail_norms(thin_svd(weight.flatten(1))[1], [r for (r,) in ranks])
 
     def unfoldings(self, weight: Tensor) -> tuple[Tensor, ...]:
         return (weight.flatten(1),)

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import least_squares
 
-from tdfx.decompositions import registry
+from tdfx.decompositions import method_for
 from tdfx.errors import PlanError
 from tdfx.records.layer import LayerSpec
 from tdfx.records.plan import MEASURED
@@ -91,7 +91,9 @@ def cases_of(profile: Profile) -> list[Case]:
     cases: dict[tuple[LayerSpec, ...], Case] = {}
     for site in profile.sites:
         for candidate in profile.of_site(site.name):
-            layers = site.layers if candidate.is_dense else registry()[candidate.method].chain(site, candidate.rank)
+            layers = (
+                site.layers if candidate.is_dense else method_for(site, candidate.method).chain(site, candidate.rank)
+            )
             unnamed = tuple(replace(layer, name="") for layer in layers)
             if candidate.cost.latency_s:
                 cases.setdefault(unnamed, Case(site.name, layers, candidate.cost.latency_s))

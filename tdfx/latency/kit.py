@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tdfx.decompositions import registry
+from tdfx.decompositions import method_for
 from tdfx.errors import OptionError
 from tdfx.latency.grid import sweep
 from tdfx.latency.micro_model import TYPES, Piece
@@ -91,6 +91,6 @@ def kit_of(profile: Profile, fused: Mapping[str, tuple[Fused, ...]], *, with_gri
 
 def _chain(site: Site, candidate: Candidate) -> tuple[LayerSpec, ...]:
     """A candidate's layers; where biases are corrected the last has one, though the site may not."""
-    *others, last = registry()[candidate.method].chain(site, candidate.rank)
+    *others, last = method_for(site, candidate.method).chain(site, candidate.rank)
     has_gained = candidate.cost.params > sum(layer.params for layer in (*others, last))
     return (*others, replace(last, bias=last.bias or has_gained))

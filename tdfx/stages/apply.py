@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 
 from tdfx.chains import Solved, solve
 from tdfx.correction import Unfit, correct_batch_norms, correct_spread
-from tdfx.decompositions import registry
+from tdfx.decompositions import method_for, registry
 from tdfx.decompositions.base import Factors
 from tdfx.errors import OptionError, PlanError, VerificationError
 from tdfx.inputs import Inputs, run
@@ -248,7 +248,7 @@ def _solved(
 ) -> Solved:
     if factors is None:
         return solve(module, site, candidate, scoring, seed)
-    method, chained, layer = registry()[candidate.method], scoring.chained(site), layer_at(module, site.name)
+    method, chained, layer = method_for(site, candidate.method), scoring.chained(site), layer_at(module, site.name)
     chain = method.chain(chained, candidate.rank)
     if isinstance(factors, Mapping):
         found = _stored_factors(chain, f"{site.name}.{candidate.method}", factors)

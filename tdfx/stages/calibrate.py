@@ -26,7 +26,7 @@ from tdfx.inputs import run
 from tdfx.leftovers import remove_leftovers
 from tdfx.metrics import find_metric, needs_moments
 from tdfx.moments import Moments, SiteMoments
-from tdfx.passes.calibrate import Sums
+from tdfx.passes.calibrate import Sums, covariance_shape
 from tdfx.passes.shape_prop import ShapeProp, TensorMeta, bind
 from tdfx.passes.sites import FindSites
 from tdfx.progress import Report, reporter
@@ -284,7 +284,7 @@ def _groups(sites: Sequence[Site], limit: int, gradients: bool) -> tuple[list[li
     skipped, used = [], 0
     for site in sites:
         n, out = site.layer.in_channels * math.prod(site.layer.kernel_size), site.layer.out_channels
-        needed = 8 * (n * n + (out * out if gradients else 0))
+        needed = 8 * (math.prod(covariance_shape(site.layer, gradients)) + (out * out if gradients else 0))
         if needed > limit:
             reason = (
                 f"the covariance of its {n} inputs takes {_shown(needed)}; memory_limit is {_shown(limit)}, raise it"

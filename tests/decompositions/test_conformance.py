@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tdfx.decompositions import find_methods, registry
 from tdfx.decompositions.base import Decomposition, Factors
+from tdfx.decompositions.grouped import in_groups
 from tdfx.errors import OptionError
 from tdfx.records.layer import LayerSpec, Rank, Shape, Site
 
@@ -40,6 +41,7 @@ def conv(
     padding: int | Shape | str = 0,
     dilation: int = 1,
     padding_mode: str = "zeros",
+    groups: int = 1,
     bias: bool = True,
     dtype: str = "float64",
 ) -> LayerSpec:
@@ -54,6 +56,7 @@ def conv(
         padding=(padding,) * dims if isinstance(padding, int) else padding,
         padding_mode=padding_mode,
         dilation=(dilation,) * dims,
+        groups=groups,
         bias=bias,
         dtype=dtype,
     ).called_on(shapes or ((2, inputs, *(9, 7, 5)[:dims]),))
@@ -93,10 +96,27 @@ SPECS = (
     conv("conv1d-circular-dilated", 10, 12, (5,), padding=4, dilation=2, padding_mode="circular", dtype="float32"),
     conv("conv3d", 6, 8, (3, 2, 3), stride=(1, 2, 1), padding=(1, 0, 1)),
     conv("conv3d-replicate", 8, 6, (2, 2, 2), padding=1, padding_mode="replicate", bias=False),
+    conv("grouped-3x3", 16, 12, (3, 3), padding=1, groups=2),
+    conv("grouped-3x3-stride2-reflect", 12, 18, (3, 3), stride=(2, 1), padding=2, padding_mode="reflect", groups=3),
+    conv("grouped-3x3-same-circular", 8, 8, (3, 3), padding="same", dilation=2, padding_mode="circular", groups=2),
+    conv("grouped-3x3-float32", 8, 8, (3, 3), padding=1, groups=2, bias=False, dtype="float32"),
+    conv("grouped-3x3-twice", 8, 16, (3, 3), (2, 8, 9, 7), (1, 8, 4, 11), padding=1, groups=2),
+    conv("grouped-3x3-unbatched", 8, 12, (3, 3), (8, 6, 9), stride=2, groups=2),
+    conv("1x1-stride2-grouped", 20, 12, (1, 1), stride=2, padding=1, groups=2),
+    conv("grouped-conv1d", 12, 16, (5,), stride=2, padding=4, dilation=2, padding_mode="replicate", groups=2),
+    conv("grouped-conv3d", 8, 8, (3, 2, 3), stride=(1, 2, 1), padding=(1, 0, 1), groups=2),
+    conv("depthwise-5x5", 6, 6, (5, 5), stride=2, padding=2, groups=6),
+    conv("depthwise-5x7-circular-dilated", 4, 4, (5, 7), padding=6, dilation=2, padding_mode="circular", groups=4),
+    conv("depthwise-7x7-multiplied", 4, 12, (7, 7), padding="same", padding_mode="reflect", groups=4, bias=False),
 )
 METHODS = tuple(registry().values())
-PAIRS = [(m, Site.of(spec)) for m in METHODS for spec in SPECS if m.unsupported(Site.of(spec)) is None]
-SIMPLE = ("linear-2d", "linear-3d-wider", "1x1", "3x3", "3x3-narrower-no-bias", "2x2-even", "1x3", "conv1d", "conv3d")
+SITES = [Site.of(spec) for spec in SPECS]
+PLACES = [(in_groups(method, site.layer.groups), site) for method in METHODS for site in SITES]
+PAIRS = [(method, site) for method, site in PLACES if method.unsupported(site) is None]
+SIMPLE = (
+    "linear-2d", "linear-3d-wider", "1x1", "3x3", "3x3-narrower-no-bias", "2x2-even", "1x3", "conv1d", "conv3d",
+    "grouped-3x3", "depthwise-5x5",
+)  # fmt: skip
 
 
 def each(pairs: Sequence[tuple[Decomposition, Site]]) -> pytest.MarkDecorator:
@@ -156,6 +176,8 @@ def spliced(method: Decomposition, site: Site, rank: Rank) -> nn.Sequential:
 
 def test_every_method_and_every_layer_is_tested() -> None:
     assert all(sum(m is method for m, _ in PAIRS) >= 4 for method in METHODS)
+    for method in METHODS:
+        assert any(m.name == method.name and site.layer.groups > 1 for m, site in PAIRS)
     assert {site.name for _, site in PAIRS} == {spec.name for spec in SPECS}
 
 
@@ -300,11 +322,11 @@ def test_unfoldings_hold_the_weight_and_those_of_each_rank_bound_the_error(metho
         assert torch.equal(matrix.flatten().sort().values, weight.flatten().sort().values)
     if len(full) == 1 < len(matrices):
         return
-    assert tuple(min(matrix.shape) for matrix in matrices) == full
+    assert tuple(min(matrix.shape[-2:]) for matrix in matrices) == full
     singular = [torch.linalg.svdvals(matrix) for matrix in matrices]
     ranks = offered(method, site, 3)
     for rank, error in zip(ranks, method.errors(weight, ranks), strict=True):
-        tails = [float(torch.linalg.vector_norm(values[r:])) for values, r in zip(singular, rank, strict=True)]
+        tails = [float(torch.linalg.vector_norm(values[..., r:])) for values, r in zip(singular, rank, strict=True)]
         assert max(tails) * (1 - 1e-9) <= error <= math.hypot(*tails) * (1 + 1e-9)
 
 

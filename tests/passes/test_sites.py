@@ -169,8 +169,11 @@ def integer_linear() -> nn.Module:
 
 
 UNSUPPORTED: dict[str, tuple[Callable[[], nn.Module], Tensor, str]] = {
-    "grouped": (lambda: only(nn.Conv1d(4, 4, 3, groups=2)), X, "a convolution in 2 groups is not decomposed"),
-    "depthwise": (lambda: only(nn.Conv1d(4, 8, 3, groups=4)), X, "a convolution in 4 groups is not decomposed"),
+    "depthwise": (
+        lambda: only(nn.Conv1d(4, 8, 7, groups=4, padding=3)),
+        X,
+        "a depthwise 7 convolution is cheap already; kernels of 5 x 5 and more are decomposed",
+    ),
     "lstm": (lambda: first(nn.LSTM(6, 3)), X, "LSTM layers are not compressed; Linear and convolution layers are"),
     "gru": (lambda: first(nn.GRU(6, 3)), X, "GRU layers are not compressed"),
     "embedding": (lambda: only(nn.Embedding(5, 3)), TOKENS, "Embedding layers are not compressed"),
@@ -190,6 +193,22 @@ UNSUPPORTED: dict[str, tuple[Callable[[], nn.Module], Tensor, str]] = {
 def test_layers_of_other_kinds_are_skipped_with_a_sentence(name: str) -> None:
     factory, x, reason = UNSUPPORTED[name]
     assert skips(factory().eval(), x)["layers.0"].startswith(reason)
+
+
+@pytest.mark.parametrize(
+    ("groups", "kernel", "reason"),
+    [
+        (2, (3, 3), None),
+        (4, (3, 3), "a depthwise 3 x 3 convolution is cheap already; kernels of 5 x 5 and more are decomposed"),
+        (4, (7, 3), "a depthwise 7 x 3 convolution is cheap already; kernels of 5 x 5 and more are decomposed"),
+        (4, (5, 5), None),
+    ],
+)
+def test_grouped_convolutions_are_sites_but_for_small_depthwise_ones(
+    groups: int, kernel: tuple[int, int], reason: str | None
+) -> None:
+    found = skips(only(nn.Conv2d(4, 8, kernel, groups=groups)).eval(), torch.randn(2, 4, 9, 9))
+    assert found.get("layers.0") == reason
 
 
 def linears(**shared: str) -> tuple[nn.Linear, nn.Linear]:
