@@ -45,3 +45,21 @@ def test_it_is_nearer_to_the_truth_and_of_full_rank() -> None:
     assert torch.linalg.matrix_rank(given) < 20 == torch.linalg.matrix_rank(found)
     assert float((found - truth).norm()) < 0.9 * float((given - truth).norm())
     assert float(found.trace()) == pytest.approx(float(given.trace()), rel=1e-12)
+
+
+def test_blocks_of_groups_are_shrunk_one_by_one() -> None:
+    given = covariance(30, torch.cat([SPREAD, 10 * SPREAD.flip(0)]))
+    blocks = torch.stack([given[:20, :20], given[20:, 20:]])
+    wanted = torch.stack([shrunk(block, 30) for block in blocks])
+    torch.testing.assert_close(shrunk(blocks, 30, 2), wanted, rtol=1e-12, atol=0.0)
+    whole = shrunk(given, 30, 2)
+    torch.testing.assert_close(torch.stack([whole[:20, :20], whole[20:, 20:]]), wanted, rtol=1e-12, atol=1e-15)
+    assert float(torch.linalg.eigvalsh(whole)[0]) > 0
+    between = whole[:20, 20:] / given[:20, 20:]
+    torch.testing.assert_close(between, between[0, 0].expand(20, 20), rtol=1e-9, atol=0.0)
+    assert 0 < float(between[0, 0]) < 1
+
+
+def test_single_values_are_no_reason_to_forget_what_they_share() -> None:
+    given = torch.tensor([[2.0, 1.0], [1.0, 3.0]], dtype=torch.float64)
+    assert torch.equal(shrunk(given, 5, 2), given)

@@ -85,6 +85,34 @@ def test_moments_of_convolutions(name: str, batch: int) -> None:
     assert found.out_cov is None
 
 
+GROUPED = {
+    "1d": (nn.Conv1d(4, 6, 3, 2, 1, 2, groups=2, padding_mode="reflect"), (4, 4, 13)),
+    "2d": (nn.Conv2d(6, 3, (3, 2), (2, 1), (1, 2), groups=3), (4, 6, 7, 6)),
+    "depthwise": (nn.Conv2d(3, 6, 3, padding=1, groups=3), (4, 3, 6, 5)),
+}
+
+
+@pytest.mark.parametrize("name", GROUPED)
+@pytest.mark.parametrize("gradients", [True, False])
+def test_moments_of_convolutions_in_groups(name: str, gradients: bool) -> None:
+    layer, shape = GROUPED[name]
+    value, groups = draw(*shape), layer.groups
+    loss = (lambda output: output.square().sum()) if gradients else None
+    found = moments(nn.Sequential(layer.double()), value, ["0"], loss, batch=3)["0"]
+    rows = looped_rows(value, layer)
+    torch.testing.assert_close(found.mean.double(), rows.mean(0), rtol=1e-6, atol=1e-6)
+    covariance = torch.cov(rows.T, correction=0)
+    if gradients and name != "depthwise":
+        torch.testing.assert_close(found.in_cov.double(), covariance, rtol=1e-6, atol=1e-6)
+        return
+    size = rows.shape[1] // groups
+    assert found.in_cov.shape == (groups, size, size)
+    assert torch.equal(found.in_cov, found.in_cov.mT)
+    for group, block in enumerate(found.in_cov):
+        own = slice(group * size, (group + 1) * size)
+        torch.testing.assert_close(block.double(), covariance[own, own], rtol=1e-6, atol=1e-6)
+
+
 def test_moments_of_linear_layers_with_dimensions_before_the_last() -> None:
     value = draw(5, 2, 3, 4)
     assert_moments(moments(nn.Sequential(nn.Linear(4, 6).double()), value, ["0"])["0"], value.reshape(30, 4))

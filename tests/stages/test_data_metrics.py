@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import tdfx
 from tdfx.chains import solve
 from tdfx.correction import correct_spread, spliced
-from tdfx.decompositions import registry
+from tdfx.decompositions import method_for, registry
 from tdfx.errors import OptionError, PlanError
 from tdfx.moments import Moments
 from tdfx.passes.base import layer_at
@@ -26,18 +26,21 @@ METHODS = ("svd", "channel_svd", "spatial_svd", "cp")
 
 
 class Net(nn.Module):
-    """Convolutions with BatchNorm, one without bias or BatchNorm, a linear layer without bias."""
+    """Convolutions with BatchNorm, without bias or BatchNorm, in groups and depthwise, a linear layer without bias."""
 
     def __init__(self) -> None:
         super().__init__()
         self.stem, self.norm = nn.Conv2d(3, 12, 3, padding=1, bias=False), nn.BatchNorm2d(12)
         self.plain = nn.Conv2d(12, 16, 3, padding=1, bias=False)
+        self.grouped = nn.Conv2d(16, 16, 3, padding=1, padding_mode="reflect", groups=2, bias=False)
+        self.depthwise = nn.Conv2d(16, 16, 5, padding=2, groups=16)
         self.point = nn.Conv2d(16, 20, 1)
         self.head = nn.Linear(20, 10, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.relu(self.norm(self.stem(x)))
-        y = F.relu(self.point(F.relu(self.plain(y))))
+        y = self.depthwise(F.relu(self.grouped(F.relu(self.plain(y)))))
+        y = F.relu(self.point(F.relu(y)))
         z: Tensor = self.head(y.mean((2, 3)))
         return z
 
@@ -98,7 +101,17 @@ def first_of(profile: tdfx.Profile, site: str, method: str) -> tdfx.Candidate:
     return next(c for c in profile.of_site(site) if c.method == method)
 
 
-CASES = [("plain", "cp"), ("plain", "spatial_svd"), ("plain", "channel_svd"), ("point", "svd"), ("head", "svd")]
+CASES = [
+    ("plain", "cp"),
+    ("plain", "spatial_svd"),
+    ("plain", "channel_svd"),
+    ("grouped", "cp"),
+    ("grouped", "spatial_svd"),
+    ("grouped", "channel_svd"),
+    ("depthwise", "spatial_svd"),
+    ("point", "svd"),
+    ("head", "svd"),
+]
 
 
 @pytest.mark.parametrize("correct", [True, False])
@@ -131,23 +144,66 @@ def test_feature_errors_are_output_errors_measured_on_the_layer(
     assert solved.error(site_weight(captured().module, place), scoring) == pytest.approx(measured, rel=1e-2)
 
 
+def loss_error(site: str, weight: Tensor) -> float:
+    """tr(G D S D^T) / 2 of a weight in the layer's place, written out; D in groups has blocks on its diagonal."""
+    layer, found = layer_at(captured().module, site), moments().sites[site]
+    difference = (layer.weight.detach().double() - weight).flatten(1)
+    difference = torch.block_diag(*difference.chunk(getattr(layer, "groups", 1)))
+    in_cov = found.in_cov.double() if found.in_cov.dim() == 2 else torch.block_diag(*found.in_cov.double())
+    assert found.out_cov is not None
+    return float((found.out_cov.double() @ difference @ in_cov @ difference.T).trace()) / 2
+
+
 def test_loss_errors_are_recomputed_from_the_spliced_factors() -> None:
     result = compressed("loss", "flops=50%")
     state = {name: value.double() for name, value in result.module.state_dict().items()}
+    sites = {site.name: site for site in profiled("loss").sites}
     checked = 0
     for candidate in result.plan.candidates:
         if candidate.is_dense:
             continue
         prefix = f"{candidate.site}.{candidate.method}."
         factors = [v for n, v in state.items() if n.startswith(prefix) and n.endswith("weight")]
-        weight = layer_at(captured().module, candidate.site).weight.detach().double()
-        difference = (weight - registry()[candidate.method].reconstruct(factors)).flatten(1)
-        site = moments().sites[candidate.site]
-        assert site.out_cov is not None
-        form = site.out_cov.double() @ difference @ site.in_cov.double() @ difference.T
-        assert candidate.error == pytest.approx(float(form.trace()) / 2, rel=1e-3)
+        weight = method_for(sites[candidate.site], candidate.method).reconstruct(factors)
+        assert candidate.error == pytest.approx(loss_error(candidate.site, weight), rel=1e-3)
         checked += 1
     assert checked >= 2
+
+
+@pytest.mark.parametrize(("site", "method"), CASES)
+def test_declared_loss_errors_are_those_of_the_whole_layer(site: str, method: str) -> None:
+    candidate = first_of(profiled("loss"), site, method)
+    scoring = Scoring("loss", moments(), taken_means(moments()))
+    (place,) = (s for s in profiled("loss").sites if s.name == site)
+    weight, solved = site_weight(captured().module, place), solve(captured().module, place, candidate, scoring, 0)
+    exact = loss_error(site, solved.method.reconstruct(solved.factors))
+    assert solved.error(weight, scoring) == pytest.approx(exact, rel=1e-6)
+    assert candidate.error == pytest.approx(exact, rel=0.25)  # of a draft, the covariances shrunk
+
+
+def test_what_groups_share_counts_in_the_loss() -> None:
+    found, scoring = moments().sites["grouped"], Scoring("loss", moments(), taken_means(moments()))
+    (place,) = (s for s in profiled("loss").sites if s.name == "grouped")
+    assert found.in_cov.shape == (144, 144) and moments("feature").sites["grouped"].in_cov.shape == (2, 72, 72)
+    assert found.out_cov is not None
+    weight, form = site_weight(captured().module, place), scoring.form(place, shrink=False)
+    assert form is not None
+    zero = torch.zeros_like(weight)
+    whole, apart = form.norm(weight) ** 2, sum(p.norm(w) ** 2 for p, w in zip(form.parts, weight.chunk(2), strict=True))
+    assert whole / 2 == pytest.approx(loss_error("grouped", zero), rel=1e-9)
+    assert abs(whole / apart - 1) > 1e-3
+
+
+def test_feature_errors_are_the_same_from_moments_of_the_loss() -> None:
+    errors = []
+    for kind in ("feature", "loss"):
+        found = tdfx.profile(
+            captured(), methods=["channel_svd"], metric="feature", moments=moments(kind), target=None,
+            rank_multiple=1, include="grouped",
+        )  # fmt: skip
+        errors.append([candidate.error for candidate in found.candidates])
+    assert len(errors[0]) > 3
+    assert errors[0] == pytest.approx(errors[1], rel=1e-4)
 
 
 @cache
@@ -294,7 +350,7 @@ def test_a_site_without_moments_is_skipped_with_the_reason() -> None:
 
 
 def test_a_weight_plan_is_corrected_from_batch_norm_alone() -> None:
-    options = {"budget": "flops=35%", "methods": ("spatial_svd",), "include": "plain", "target": None}
+    options = {"budget": "flops=65%", "methods": ("spatial_svd",), "include": "plain", "target": None}
     plain, corrected = (
         tdfx.compress(network(), DATA[:2], rank_multiple=1, correct=c, **options)  # type: ignore[arg-type]
         for c in (False, True)
