@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tdfx.decompositions import registry
 from tdfx.decompositions.base import Decomposition
+from tdfx.decompositions.grouped import in_groups
 from tdfx.decompositions.metric import FLOOR, Metric, metric_svd, roots
 from tdfx.decompositions.refine import refine
 from tdfx.records.layer import LayerSpec, Rank, Site
@@ -202,3 +203,89 @@ def test_large_metrics_without_a_direction_have_a_floor(kind: str) -> None:
     centred = torch.eye(n, dtype=torch.float64) - 1 / n
     metric = Metric(torch.zeros_like(centred) if kind == "zero" else centred)
     assert metric.floor == pytest.approx(1.0 if kind == "zero" else FLOOR, rel=1e-3)
+
+
+GROUPS = 3
+
+
+def in_three_groups(outputs: int = 5, inputs: int = 6) -> tuple[Tensor, Metric]:
+    weight = draw(GROUPS * outputs, inputs, 3, 3)
+    form = Metric(covariance(GROUPS * inputs * 9, 400), covariance(len(weight), 200, seed=5), GROUPS)
+    return weight, form
+
+
+def dense(weight: Tensor) -> Tensor:
+    """The matrix (out, n) of a weight in groups."""
+    return torch.block_diag(*weight.flatten(1).chunk(GROUPS))
+
+
+def blocks(matrix: Tensor) -> Tensor:
+    size = len(matrix) // GROUPS
+    return torch.stack([matrix[i : i + size, i : i + size] for i in range(0, len(matrix), size)])
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+@pytest.mark.parametrize("whole", [True, False])
+def test_the_norm_of_a_weight_in_groups_is_that_of_the_matrix(gradients: bool, whole: bool) -> None:
+    weight, form = in_three_groups()
+    assert form.out_cov is not None
+    in_cov, out_cov = form.in_cov, form.out_cov if gradients else None
+    given = Metric(in_cov if whole else blocks(in_cov), out_cov, GROUPS)
+    matrix = dense(weight)
+    between = in_cov if whole else torch.block_diag(*blocks(in_cov))
+    weighted = matrix if out_cov is None else out_cov @ matrix
+    assert given.norm(weight) == pytest.approx(float(((weighted @ between) * matrix).sum()) ** 0.5, rel=1e-9)
+    assert given.crosses_groups == (gradients and whole)
+
+
+def test_each_group_is_solved_in_its_own_block() -> None:
+    weight, form = in_three_groups()
+    assert form.out_cov is not None
+    for name, rank in RANKS.items():
+        method = registry()[name]
+        found = in_groups(method, GROUPS).solve(weight, rank, form, draft=True)
+        of_groups = [
+            method.solve(part, rank, Metric(*pair), draft=True)
+            for part, *pair in zip(weight.chunk(GROUPS), blocks(form.in_cov), blocks(form.out_cov), strict=True)
+        ]
+        for factor, own in zip(found, zip(*of_groups, strict=True), strict=True):
+            torch.testing.assert_close(factor, torch.cat(own), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("name", RANKS)
+def test_declared_errors_of_groups_are_those_of_the_whole_layer(name: str, whole: bool) -> None:
+    weight, form = in_three_groups()
+    form = form if whole else Metric(blocks(form.in_cov), form.out_cov, GROUPS)
+    method = in_groups(registry()[name], GROUPS)
+    (declared,) = method.errors(weight, [RANKS[name]], form)
+    factors = method.solve(weight, RANKS[name], form, draft=True)
+    assert declared == pytest.approx(form.norm(weight - method.reconstruct(factors)), rel=1e-6)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("name", ["channel_svd", "tucker2", "cp"])
+def test_errors_of_groups_between_the_computed_ones_are_near(name: str, whole: bool) -> None:
+    weight, form = in_three_groups(16, 16)
+    form = form if whole else Metric(blocks(form.in_cov), form.out_cov, GROUPS)
+    method = in_groups(registry()[name], GROUPS)
+    (most,) = {min(full) for full in [method.full_rank(Site.of(_in_groups(16, 16)))]}
+    ranks = [(r,) * (2 if name == "tucker2" else 1) for r in range(1, min(most, 16), 2)]
+    exact = [form.norm(weight - method.reconstruct(method.solve(weight, rank, form, draft=True))) for rank in ranks]
+    np.testing.assert_allclose(method.errors(weight, ranks, form), exact, rtol=0.15)
+
+
+def test_whitened_groups_are_whitened_by_themselves() -> None:
+    weight, form = in_three_groups()
+    assert form.out_cov is not None
+    wanted = [
+        Metric(*pair).whitened(part)
+        for part, *pair in zip(weight.chunk(GROUPS), blocks(form.in_cov), blocks(form.out_cov), strict=True)
+    ]
+    torch.testing.assert_close(form.whitened(weight), torch.cat(wanted), rtol=1e-12, atol=1e-12)
+
+
+def _in_groups(outputs: int, inputs: int) -> LayerSpec:
+    return LayerSpec(
+        "c", "conv2d", GROUPS * inputs, GROUPS * outputs, (3, 3), (1, 1), (1, 1), dilation=(1, 1), groups=GROUPS
+    )  # fmt: skip

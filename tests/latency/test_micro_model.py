@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tdfx.decompositions import registry
+from tdfx.decompositions import method_for, registry
 from tdfx.decompositions.chain import build_layer
 from tdfx.latency.micro_model import WEIGHT, Piece
 from tdfx.records.layer import Call, Fused, LayerSpec, Site
@@ -24,6 +24,7 @@ LAYERS = {
     "stride": replace(CONV, stride=(2, 1)).called_on(((2, 6, 9, 7),)),
     "uneven": replace(CONV, kernel_size=(5, 1), padding=(2, 0), dilation=(1, 2)).called_on(((2, 6, 9, 7),)),
     "depthwise": replace(CONV, out_channels=6, groups=6).called_on(((2, 6, 9, 7),)),
+    "grouped": replace(CONV, groups=2, padding_mode="reflect").called_on(((2, 6, 9, 7),)),
     "same": replace(CONV, kernel_size=(4, 3), padding="same", dilation=(1, 2)).called_on(((2, 6, 9, 7),)),
     "valid": replace(CONV, padding="valid").called_on(((2, 6, 9, 7),)),
     "reflect": replace(CONV, padding_mode="reflect").called_on(((2, 6, 9, 7),)),
@@ -81,6 +82,16 @@ def test_it_computes_every_chain(method: str) -> None:
     layer = LINEAR.called_on(((4, 6),)) if method == "svd" else CONV
     site, decomposition = Site.of(layer), registry()[method]
     chain = decomposition.chain(site, decomposition.clamp(site, (2,) * len(decomposition.full_rank(site))))
+    (x,), found = run(Piece(chain, 0, ""))
+    torch.testing.assert_close(found, reference(chain, torch.from_numpy(x)), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["channel_svd", "spatial_svd", "tucker2", "tt", "cp", "cp4"])
+def test_it_computes_every_chain_in_groups(name: str) -> None:
+    site = Site.of(replace(CONV, groups=2, padding_mode="circular").called_on(((2, 6, 9, 7),)))
+    method = method_for(site, name)
+    chain = method.chain(site, method.clamp(site, (2,) * len(method.full_rank(site))))
+    assert all(layer.groups % 2 == 0 for layer in chain)
     (x,), found = run(Piece(chain, 0, ""))
     torch.testing.assert_close(found, reference(chain, torch.from_numpy(x)), rtol=1e-4, atol=1e-6)
 
