@@ -58,7 +58,7 @@ def short_als() -> Iterator[None]:
 
 @st.composite
 def layers(draw: st.DrawFn) -> LayerSpec:
-    """A linear layer or convolution of one group with one or two calls that torch accepts."""
+    """A linear layer or convolution, a third of these in groups, with one or two calls that torch accepts."""
     dims = draw(st.sampled_from((2, 2, 1, 3, 0)))
     bias, dtype = draw(st.booleans()), draw(st.sampled_from(tuple(ITEMSIZE)))
     if dims == 0:
@@ -73,7 +73,8 @@ def layers(draw: st.DrawFn) -> LayerSpec:
         stride = (1,) * dims  # torch takes no other
     mode = draw(st.sampled_from(("zeros", "zeros", "reflect", "replicate", "circular")))
     most = min(40, max(1, math.isqrt(MOST_WEIGHTS[dims] // math.prod(kernel))))
-    inputs, outputs = draw(channels(most)), draw(channels(most))
+    groups = draw(st.sampled_from((1, 1, 1, 1, 2, 3)))
+    inputs, outputs = (groups * draw(channels(max(1, most // groups))) for _ in range(2))
     least = tuple(
         least_size(k, d, padding if isinstance(padding, str) else padding[i], mode)
         for i, (k, d) in enumerate(zip(kernel, dilation, strict=True))
@@ -93,6 +94,7 @@ def layers(draw: st.DrawFn) -> LayerSpec:
         padding=padding,
         padding_mode=mode,
         dilation=dilation,
+        groups=groups,
         bias=bias,
         dtype=dtype,
     ).called_on(tuple(shapes))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tdfx.decompositions import registry
+from tdfx.decompositions import method_for, registry
 from tdfx.decompositions.base import Decomposition
 from tdfx.decompositions.svd import SVD
 from tdfx.errors import OptionError
@@ -19,8 +19,8 @@ from tdfx.records.layer import LayerSpec, Rank, Site
 RULES = ("vbmf", "energy=0.9", "ratio=0.33", "compression=60%")
 
 
-def conv(inputs: int, outputs: int, kernel: tuple[int, int] = (3, 3)) -> Site:
-    layer = LayerSpec("conv", "conv2d", inputs, outputs, kernel, (1, 1), (1, 1), dilation=(1, 1))
+def conv(inputs: int, outputs: int, kernel: tuple[int, int] = (3, 3), groups: int = 1) -> Site:
+    layer = LayerSpec("conv", "conv2d", inputs, outputs, kernel, (1, 1), (1, 1), dilation=(1, 1), groups=groups)
     return Site.of(layer.called_on(((1, inputs, 8, 8),)))
 
 
@@ -48,14 +48,16 @@ def error_of(method: Decomposition, weight: Tensor) -> Callable[[Rank], float]:
 
 
 def rank_of(text: str, name: str, site: Site, weight: Tensor | None = None) -> Rank:
-    method = registry()[name]
+    method = method_for(site, name)
     weight = torch.zeros(site.layer.weight_shape) if weight is None else weight
     return RankRule.parse(text).rank(method, site, weight, error_of(method, weight))
 
 
 def sites() -> list[tuple[Decomposition, Site]]:
     shapes = [conv(24, 16), conv(3, 16), conv(12, 20, (3, 5)), conv(20, 14, (1, 1)), linear(30, 20)]
-    return [(m, site) for m in registry().values() for site in shapes if m.unsupported(site) is None]
+    shapes += [conv(24, 16, groups=2), conv(6, 6, (5, 5), groups=6)]
+    pairs = [(method_for(site, name), site) for name in registry() for site in shapes]
+    return [(method, site) for method, site in pairs if method.unsupported(site) is None]
 
 
 @pytest.mark.parametrize(
@@ -216,6 +218,16 @@ def test_every_method_gets_a_valid_rank(method: Decomposition, site: Site, text:
         assert method.is_rank(site, rank) or (text == "vbmf" and 0 in rank)
         for multiple in (1, 4, 16):
             assert method.is_rank(site, method.clamp(site, to_multiple(rank, multiple)))
+
+
+@pytest.mark.parametrize("name", ["channel_svd", "tucker2", "tt"])
+def test_groups_share_the_largest_rank_that_one_of_them_takes(name: str) -> None:
+    site, part = conv(24, 16, groups=2), conv(12, 8)
+    weight = torch.cat([low_rank(part, 1, 0.05), low_rank(part, 4, 0.05)])
+    found = rank_of("energy=0.9", name, site, weight)
+    of_groups = [rank_of("energy=0.9", name, part, weights) for weights in weight.chunk(2)]
+    assert of_groups[0] != of_groups[1]
+    assert found == tuple(map(max, zip(*of_groups, strict=True)))
 
 
 def test_multiples_are_the_nearest_and_at_least_one() -> None:
