@@ -12,6 +12,9 @@ of elements of W.
 ``loss`` is tr(G D S D^T) / 2, the second-order growth of the loss where G and S are taken as independent (the
 Kronecker-factored Fisher matrix of Martens and Grosse 2015, section 3); proportional to the divergence from the
 original's output.
+
+The W of a layer in groups is the matrix with the groups' weights in its diagonal blocks. Its ``loss`` counts what two
+groups do together, but for depthwise layers, where S between two channels is taken for zero.
 """
 
 from __future__ import annotations

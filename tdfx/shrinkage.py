@@ -25,16 +25,17 @@ def shrunk(covariance: Tensor, observations: int | None, groups: int = 1) -> Ten
     if observations is None:
         return covariance
     blocks = diagonal_blocks(covariance, groups)
+    size = blocks.shape[1]
     shares = torch.stack([_share(block, observations) for block in blocks])
-    means = blocks.diagonal(dim1=1, dim2=2).mean(1)
+    kept, added = 1 - shares, shares * blocks.diagonal(dim1=1, dim2=2).mean(1)
     if covariance.dim() == 3:
-        kept, added = (
-            (1 - shares)[:, None, None] * covariance,
-            torch.diag_embed((shares * means)[:, None].expand(blocks.shape[:2])),
-        )
-        return kept + added
-    kept = (1 - shares).sqrt().repeat_interleave(blocks.shape[1])
-    return kept[:, None] * kept * covariance + torch.diag((shares * means).repeat_interleave(blocks.shape[1]))
+        found = kept[:, None, None] * covariance
+        found.diagonal(dim1=1, dim2=2).add_(added[:, None])
+        return found
+    roots = kept.sqrt().repeat_interleave(size)
+    found = roots[:, None] * roots * covariance if groups > 1 else kept * covariance
+    found.diagonal().add_(added.repeat_interleave(size))
+    return found
 
 
 def _share(covariance: Tensor, observations: int) -> Tensor:
