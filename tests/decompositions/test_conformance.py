@@ -181,6 +181,14 @@ def test_every_method_and_every_layer_is_tested() -> None:
     assert {site.name for _, site in PAIRS} == {spec.name for spec in SPECS}
 
 
+def test_no_layer_mixes_the_single_channels_of_depthwise_groups() -> None:
+    of = {site.name: {m.name: m.unsupported(site) for m, s in PLACES if s is site} for site in SITES}
+    taken = {name: {method for method, refusal in found.items() if refusal is None} for name, found in of.items()}
+    assert taken["depthwise-5x5"] == taken["depthwise-5x7-circular-dilated"] == {"spatial_svd"}
+    assert taken["depthwise-7x7-multiplied"] == {"spatial_svd", "channel_svd"}
+    assert of["depthwise-5x5"]["cp"] == "cp mixes the channels of a group, and each of the 6 groups has only one"
+
+
 @each(PAIRS)
 def test_full_rank_reproduces_the_weight(method: Decomposition, site: Site) -> None:
     weight, rank = random_weight(site), method.full_rank(site)

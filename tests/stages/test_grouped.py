@@ -202,9 +202,10 @@ def test_errors_in_the_cache_are_of_one_number_of_groups(tmp_path: Path) -> None
             net = nn.Sequential(nn.Conv2d(4 * groups, 16, 3, groups=groups)).eval()
             net.load_state_dict({"0.weight": weight, "0.bias": torch.zeros(16)})
             captured = tdfx.capture(net, torch.randn(2, 4 * groups, 8, 8))
-            profile = tdfx.profile(captured, methods="channel_svd", target=None, rank_multiple=1, cache_dir=folder)
-            errors.append([c.error for c in profile.candidates if c.rank == (2,)])
-    assert errors[:2] == errors[2:] and errors[0] != errors[1]
+            pinned = {"0": {"methods": ["channel_svd"], "rank": 2}}
+            profile = tdfx.profile(captured, overrides=pinned, target=None, cache_dir=folder)
+            errors += [candidate.error for candidate in profile.candidates]
+    assert len(errors) == 4 and errors[:2] == errors[2:] and errors[0] != errors[1]
 
 
 @pytest.mark.parametrize("name", NETWORKS)
