@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -245,3 +246,17 @@ def test_what_is_timed_are_the_grouped_layers(name: str) -> None:
             feed = {v.name: np.ones(v.shape, np.float32) for v in session.get_inputs()}
             (output,) = session.run(None, feed)
             assert output.shape == piece.layers[-1].calls[0].output_shape
+
+
+@pytest.mark.parametrize("metric", ["feature", "loss"])
+def test_moments_take_no_more_room_than_depthwise_layers_need(metric: str, tmp_path: Path) -> None:
+    """All 1200 inputs of the layer would take 11.5 MB, its channels' own 25 take 240 kB."""
+    captured = tdfx.capture(network("MobileNet"), DATA[:2])
+    found = tdfx.calibrate(captured, DATA, metric=metric, memory_limit="800KB")
+    assert found.sites["blocks.0.3"].in_cov.shape == (48, 25, 25)
+    assert "blocks.0.3" not in {entry.layer for entry in found.skipped}
+    found.save(tmp_path / "moments")
+    assert Moments.load(tmp_path / "moments").fingerprint == found.fingerprint
+    sites = {"blocks.0.3": replace(found.sites["blocks.0.3"], observations=24)}
+    assert "24 independent inputs of 25 values" in str(replace(found, sites=sites).scarcity())
+    assert replace(found, sites={"a": replace(sites["blocks.0.3"], observations=25)}).scarcity() is None
