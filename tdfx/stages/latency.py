@@ -35,8 +35,8 @@ from tdfx.records.profile import Profile
 
 FASTER = 0.98  # of a layer's time, that a chain takes at most to count as faster
 MOST_SCALE = 4.0  # by which measured times of chains are corrected
-ELEMENTS_OF_A_CALL = 20_000  # that are reordered in the time that starting a model takes
-MOST_OVERHEAD = 0.9  # of a form's time
+ELEMENTS_OF_A_CALL = 10_000  # that are reordered in the time that starting a model takes
+MOST_OVERHEAD = 0.9  # of the time of a layer or chain alone
 NETWORK = "network.onnx"
 RUN = "run.py"
 
@@ -196,21 +196,19 @@ def with_latency(profile: Profile, table: LatencyTable) -> Profile:
                 f"the latency table has no time of {candidate.method} {format_rank(candidate.rank)} at "
                 f"{candidate.site}; measure this profile"
             )
-    forms_s: dict[str, list[float]] = {}
-    for row in table.rows:
-        forms_s.setdefault(row.site, []).append(row.latency_s)
-    overhead_s = _overhead(profile, table.network_s, dense_s, {name: min(times) for name, times in forms_s.items()})
+    overhead_s = _overhead(profile, table.network_s, dense_s)
     layers_s = sum(dense_s[site.name] - overhead_s[site.name] for site in profile.sites)
     pace = min(table.network_s / layers_s, 1.0) if layers_s else 1.0
     is_optional = {candidate.site for candidate in profile.candidates if candidate.is_dense}
 
     def timed(candidate: Candidate) -> Candidate:
-        overhead = overhead_s[candidate.site]
         alone_s = found[candidate.site, candidate.method, candidate.rank]
+        overhead = overhead_s[candidate.site]
+        within_s = alone_s - min(overhead, MOST_OVERHEAD * alone_s)
         # What a person fixed is offered, however long it takes.
         has_choice = candidate.site in is_optional or profile.rank_rule is not None
         layer_s = pace * (dense_s[candidate.site] - overhead) if has_choice else math.inf
-        return _timed(candidate, pace * (alone_s - overhead), layer_s)
+        return _timed(candidate, pace * within_s, layer_s)
 
     return replace(
         profile,
@@ -221,21 +219,19 @@ def with_latency(profile: Profile, table: LatencyTable) -> Profile:
     )
 
 
-def _overhead(
-    profile: Profile, network_s: float, dense_s: Mapping[str, float], least_s: Mapping[str, float]
-) -> dict[str, float]:
+def _overhead(profile: Profile, network_s: float, dense_s: Mapping[str, float]) -> dict[str, float]:
     """Seconds of every site that it takes only because it was timed alone, whatever its form.
 
     Alone, a layer is started by itself, and reads and writes the layout that users see, which the runtime reorders.
     That is why all layers together may take longer than the network: the difference is shared out by calls and by the
-    elements that they read and write, as far as it leaves a part of each form's time.
+    elements that they read and write, as far as it leaves a part of each layer's time.
     """
     weights = {
         site.name: sum(ELEMENTS_OF_A_CALL + math.prod(c.input_shape) + math.prod(c.output_shape) for c in layer.calls)
         for site in profile.sites
         for layer in (site.layer,)
     }
-    most_s = {name: MOST_OVERHEAD * least_s[name] for name in weights}
+    most_s = {name: MOST_OVERHEAD * dense_s[name] for name in weights}
     taken_s = dict.fromkeys(weights, 0.0)
     excess_s = sum(dense_s[name] for name in weights) - network_s
     while weights and excess_s > 0:
