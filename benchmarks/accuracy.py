@@ -15,23 +15,21 @@ import json
 import math
 import os
 import resource
-import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
-from statistics import mean, median
+from statistics import mean
 
 import torch
 from cifar import images, top1, trained_resnet
 from peers import Balf, greedy_spatial_svd, pruned, uniform_rank
+from time_ratios import time_ratios
 from torch import Tensor, nn
 
 import tdfx
-from tdfx.latency import runner
-from tdfx.records.latency import Runtime
 from tdfx.stages.apply import carry_out
 from tdfx.tables import align
 
@@ -248,7 +246,7 @@ def _row(setting: Setting, variant: str, grid: int, budget: int, result: tdfx.Re
         params=result.after.params / result.before.params,
         score=top1(result.module, *setting.test),
         dense=setting.dense,
-        speed=_speed(setting.model, result.module, setting.example),
+        speed=1 / time_ratios(setting.model, {variant: result.module}, setting.example)[variant],
         seconds=seconds,
         gigabytes=peak_gigabytes(),
     )  # fmt: skip
@@ -257,15 +255,6 @@ def _row(setting: Setting, variant: str, grid: int, budget: int, result: tdfx.Re
 def peak_gigabytes() -> float:
     """Most memory that this process has held so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-
-
-def _speed(model: nn.Module, compressed: nn.Module, example: Tensor) -> float:
-    with tempfile.TemporaryDirectory() as folder:
-        paths = [Path(folder) / f"{name}.onnx" for name in ("before", "after")]
-        for module, path in zip((model, compressed), paths, strict=True):
-            tdfx.export_onnx(module, path, example, dynamic=None)
-        before, after = runner.network_times(list(map(str, paths)), Runtime().as_dict())
-    return median(a / b for a, b in zip(before, after, strict=True))
 
 
 def table(rows: Iterable[Row]) -> list[tuple[str, ...]]:

@@ -11,23 +11,21 @@ from __future__ import annotations
 
 import argparse
 import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from statistics import median
 
 import torch
 from cifar import images, trained_resnet
 from networks import TextEncoder, VisionTransformer, mobilenet_v2, vgg16
 from peers import pruned, uniform_rank, uniform_spatial_svd
 from scale import ResNet
+from time_ratios import time_ratios
 from torch import Tensor, nn
 
 import tdfx
 from tdfx.budget import Budget
-from tdfx.latency import runner
 from tdfx.records.latency import Measured, Runtime
 from tdfx.records.profile import Profile
 from tdfx.stages.apply import carry_out
@@ -147,7 +145,7 @@ def measured_rows(
 
         yield row(f"flops={share}%, guarded", grid, guarded)
     for run in range(RUNS if kept else 0):
-        for name, ratio in ratios(model, kept, example, runtime).items():
+        for name, ratio in time_ratios(model, kept, example, runtime).items():
             yield str(grid), f"{name}, run {run + 1}", "-", f"{ratio:.1%}", "-", "-", "-", "-"
     yield from peer_rows(model, example, runtime, kept, given.peers)
 
@@ -162,20 +160,9 @@ def peer_rows(
             made[name], shares[name] = PEERS[name](model, example, 0.5)
         except Exception as error:
             yield "-", name, "-", "-", "-", "-", "-", f"{type(error).__name__}: {str(error).splitlines()[0]}"
-    for name, ratio in (ratios(model, made, example, runtime) if shares else {}).items():
+    for name, ratio in (time_ratios(model, made, example, runtime) if shares else {}).items():
         flops = f"{shares[name]:.1%}" if name in shares else "-"
         yield "-", f"{name}, beside peers", "-", f"{ratio:.1%}", "-", flops, "-", "-"
-
-
-def ratios(model: nn.Module, made: Mapping[str, nn.Module], example: Tensor, runtime: Runtime) -> dict[str, float]:
-    """Median over the rounds of each network's time over the model's, all in turn."""
-    with tempfile.TemporaryDirectory() as folder:
-        paths = [Path(folder) / f"{index}.onnx" for index in range(len(made) + 1)]
-        for module, path in zip((model, *made.values()), paths, strict=True):
-            tdfx.export_onnx(module, path, example, dynamic=None)
-        before, *others = runner.network_times(list(map(str, paths)), runtime.as_dict())
-    found = (median(a / b for a, b in zip(after, before, strict=True)) for after in others)
-    return dict(zip(made, found, strict=True))
 
 
 def _cells(result: tdfx.Result, measured: Measured) -> tuple[str, ...]:

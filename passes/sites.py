@@ -18,9 +18,8 @@ KINDS: dict[type[nn.Module], Kind] = {
     nn.Conv2d: "conv2d",
     nn.Conv3d: "conv3d",
 }
-DEPTHWISE_KERNEL = (
-    5  # in two directions: two vectors of 3 have two thirds of the elements of 3 x 3, and take a pass more
-)
+DEPTHWISE_KERNEL = 5
+"""In two directions: two vectors of 3 have two thirds of the elements of 3 x 3, and take a pass more."""
 
 
 @dataclass(frozen=True)

@@ -6,33 +6,12 @@ next one, or longer where tensors have to be reordered for it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import partial
-from typing import Any
-
-from tdfx.latency import runner
 from tdfx.latency.micro_model import Piece
 from tdfx.records.layer import Call, LayerSpec
 
 WIDTHS = range(32, 65)
 CHANNELS, SIZE = 64, 28
 SECONDS = 0.02  # that the runs of one width take
-
-
-def measure_rank_grid(runtime: Mapping[str, Any]) -> tuple[int, bool]:
-    """The grid for a runtime on this machine, and whether nothing else ran beside its timing.
-
-    Args:
-        runtime: as for ``runner.open_session``.
-
-    Raises:
-        ValueError: as for ``runner.session_run``.
-    """
-    pieces = sweep()
-    runs = [runner.session_run(piece.model(), runtime) for piece in pieces.values()]
-    seconds, is_sure = runner.undisturbed(partial(runner.group_ratios, runs, SECONDS), runtime)
-    macs = {width: piece.macs for width, piece in pieces.items()}
-    return runner.best_grid(dict(zip(pieces, seconds, strict=True)), macs), is_sure
 
 
 def sweep() -> dict[int, Piece]:

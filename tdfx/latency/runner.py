@@ -74,6 +74,15 @@ def interleaved(
     return [values[warm_up:] for values in times]
 
 
+def check_provider(provider: str) -> None:
+    """Raises ValueError unless ONNX Runtime has it here."""
+    import onnxruntime as ort
+
+    available = ort.get_available_providers()
+    if provider not in available:
+        raise ValueError(f"provider {provider!r} is not in this ONNX Runtime; expected one of {', '.join(available)}")
+
+
 def open_session(model: bytes | str, runtime: Mapping[str, Any]) -> Any:
     """An ONNX Runtime session.
 
@@ -86,9 +95,8 @@ def open_session(model: bytes | str, runtime: Mapping[str, Any]) -> Any:
     """
     import onnxruntime as ort
 
-    provider, available = runtime["provider"], ort.get_available_providers()
-    if provider not in available:
-        raise ValueError(f"provider {provider!r} is not in this ONNX Runtime; expected one of {', '.join(available)}")
+    provider = runtime["provider"]
+    check_provider(provider)
     options = ort.SessionOptions()
     options.log_severity_level = 4  # errors come as exceptions
     options.intra_op_num_threads = runtime["threads"]
@@ -215,6 +223,50 @@ def usable_ratios(values: object) -> dict[str, dict[str, float]]:
     return values if all(isinstance(value, float) and 0 < value < math.inf for value in numbers) else {}
 
 
+def time_groups(
+    groups: Sequence[Sequence[str]],
+    sizes: Mapping[str, int],
+    load: Callable[[str], bytes | str],
+    runtime: Mapping[str, Any],
+    *,
+    ratios: dict[str, dict[str, float]],
+    keep: Callable[[], None],
+    progress: Callable[[int, int], None],
+    seconds: float,
+) -> tuple[dict[str, dict[str, float]], int]:
+    """Ratios of all groups' models to the first of each, and how many groups, or parts of one, others disturbed.
+
+    Args:
+        groups: keys of models that are timed beside each other.
+        sizes: bytes of their weights.
+        load: as for ``measure``, as all of these are:
+        runtime: options of the session.
+        ratios: what is known, and is added to.
+        keep: called after each group, or part of one.
+        progress: called with groups done, and groups in all.
+        seconds: that the runs of one model take.
+    """
+    taken: dict[str, dict[str, float]] = {}
+    disturbed = 0
+    for done, (dense, *others) in enumerate(groups):
+        progress(done, len(groups))
+        known = ratios.setdefault(dense, {dense: 1.0})
+        taken[dense] = dict(known)
+        missing = [key for key in others if key not in known]
+        for part in batches(missing, sizes, BYTES - sizes[dense]):
+            keys = [dense, *part]
+            runs = [session_run(load(key), runtime) for key in keys]
+            found, is_sure = undisturbed(partial(group_ratios, runs, seconds), runtime)
+            taken[dense].update(zip(keys, found, strict=True))
+            if not is_sure:
+                disturbed += 1
+                continue
+            known.update(zip(keys, found, strict=True))
+            keep()
+    progress(len(groups), len(groups))
+    return taken, disturbed
+
+
 def measure(
     kit: Mapping[str, Any],
     network: bytes | str,
@@ -242,7 +294,7 @@ def measure(
         ratios: known ones by key of the layer and of the chain; those measured are added, but for groups that other
             processes disturbed in all tries.
         keep: called after each group, or part of one.
-        progress: called with layers done, and layers in all.
+        progress: called with groups done, and groups in all.
         seconds: that the runs of one model take.
 
     Returns:
@@ -253,29 +305,13 @@ def measure(
         ValueError: as for ``session_run``.
     """
     layers = [dense for dense, *_ in kit["groups"]]
-    taken: dict[str, dict[str, float]] = {}
-    disturbed = 0
-    for done, (dense, *others) in enumerate(groups_of(kit)):
-        if done < len(layers):
-            progress(done, len(layers))
-        known = ratios.setdefault(dense, {dense: 1.0})
-        taken[dense] = dict(known)
-        missing = [key for key in others if key not in known]
-        for part in batches(missing, kit["bytes"], BYTES - kit["bytes"][dense]):
-            keys = [dense, *part]
-            runs = [session_run(load(key), runtime) for key in keys]
-            found, is_sure = undisturbed(partial(group_ratios, runs, seconds), runtime)
-            taken[dense].update(zip(keys, found, strict=True))
-            if not is_sure:
-                disturbed += 1
-                continue
-            known.update(zip(keys, found, strict=True))
-            keep()
+    taken, disturbed = time_groups(
+        groups_of(kit), kit["bytes"], load, runtime, ratios=ratios, keep=keep, progress=progress, seconds=seconds
+    )
     runs = [session_run(model, runtime) for model in (network, *map(load, layers))]
     times = interleaved(runs, rounds=NETWORK_ROUNDS, seconds=NETWORK_SECONDS / 2)
     network_s, *layers_s = (statistics.median(values) for values in times)
     dense_s = dict(zip(layers, layers_s, strict=True))
-    progress(len(layers), len(layers))
     rows = [
         {
             "site": site,
@@ -289,7 +325,7 @@ def measure(
         "structure": kit["structure"],
         "network_s": round(network_s, 9),
         "disturbed": disturbed,
-        "rank_grid": _rank_grid(kit.get("grid", ()), ratios),
+        "rank_grid": rank_grid(kit.get("grid", ()), ratios),
         "rows": rows,
     }
 
@@ -300,7 +336,8 @@ def groups_of(kit: Mapping[str, Any]) -> list[list[str]]:
     return [*kit["groups"], *([grid] if grid else [])]
 
 
-def _rank_grid(grid: Sequence[tuple[str, int, int]], ratios: Mapping[str, Mapping[str, float]]) -> int | None:
+def rank_grid(grid: Sequence[tuple[str, int, int]], ratios: Mapping[str, Mapping[str, float]]) -> int | None:
+    """``best_grid`` by ratios of the models listed by key, width and multiply-accumulates; None if one is missing."""
     known = ratios.get(grid[0][0], {}) if grid else {}
     if not grid or any(key not in known for key, *_ in grid):
         return None
@@ -392,7 +429,7 @@ def seconds_left(work: Sequence[int], done: int, elapsed_s: float) -> float | No
 def _say(work: Sequence[int], started: float, done: int, total: int) -> None:
     left_s = seconds_left(work, done, time.perf_counter() - started)
     left = "" if left_s is None or done == total else f", about {left_s:.0f} s left"
-    print(f"{done} of {total} layers{left}", file=sys.stderr, flush=True)
+    print(f"{done} of {total} groups of models{left}", file=sys.stderr, flush=True)
 
 
 def entries(texts: Sequence[str]) -> dict[str, str]:

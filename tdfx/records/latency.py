@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from typing import Any
 
 from tdfx.errors import OptionError, PlanError
@@ -35,10 +36,8 @@ class Runtime:
     def __post_init__(self) -> None:
         if not isinstance(self.threads, int) or isinstance(self.threads, bool) or self.threads < 1:
             raise OptionError(f"threads is {self.threads!r}; expected a whole number of 1 or more")
-        texts = (
-            (self.provider, *self.config.keys(), *self.config.values()) if isinstance(self.config, dict) else (None,)
-        )
-        if not all(isinstance(text, str) for text in texts):
+        entries = self.config.items() if isinstance(self.config, dict) else [(None, None)]
+        if not all(isinstance(text, str) for text in (self.provider, *chain.from_iterable(entries))):
             raise OptionError(
                 f"provider is {self.provider!r} and config {self.config!r}; expected text, and a dictionary of texts"
             )

@@ -12,6 +12,7 @@ from tdfx.errors import BudgetError, OptionError
 from tdfx.metrics import contribution
 from tdfx.moments import Moments
 from tdfx.progress import Report, reporter
+from tdfx.records.candidate import SLOWER
 from tdfx.records.capture import Capture
 from tdfx.records.frontier import Frontier, Point
 from tdfx.records.plan import Plan
@@ -83,15 +84,16 @@ def frontier(
     return Frontier(tuple(found), resource, profile.metric, profile.before, original_score)
 
 
-def least_amount(profile: Profile, resource: str) -> int:
-    """The least of a resource that any plan needs.
+def least_amount(profile: Profile, resource: str, *, slower: bool = True) -> int:
+    """The least of a resource that any plan needs; without what is slower than dense, where a site has a choice.
 
     Raises:
         BudgetError: unknown resource.
     """
     amount = find_resource(resource, "resource")
-    sites = (min(amount(candidate.cost) for candidate in profile.of_site(site.name)) for site in profile.sites)
-    return amount(profile.rest) + sum(sites)
+    choices = (profile.of_site(site.name) for site in profile.sites)
+    offered = ([c for c in site if slower or SLOWER not in c.caveat] or site for site in choices)
+    return amount(profile.rest) + sum(min(amount(candidate.cost) for candidate in site) for site in offered)
 
 
 def predicted_error(chosen: Plan) -> float:

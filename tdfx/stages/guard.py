@@ -12,12 +12,12 @@ from tdfx.budget import LATENCY, RESOURCES, Budget
 from tdfx.errors import BudgetError, OptionError
 from tdfx.latency import runner
 from tdfx.onnx_export import export_onnx
-from tdfx.records.candidate import SLOWER
 from tdfx.records.capture import Capture
 from tdfx.records.latency import Measured, Runtime
 from tdfx.records.plan import ESTIMATED, MEASURED, Plan
 from tdfx.records.profile import Profile
 from tdfx.records.result import Result
+from tdfx.stages.frontier import least_amount
 from tdfx.stages.latency import FASTER, corrected_times, original_file
 from tdfx.stages.plan import written
 from tdfx.tables import share
@@ -166,13 +166,16 @@ def _unused(budget: Budget | None, measured: Measured) -> tuple[str, ...]:
     if predicted < LEAST_USED * asked:
         why = "no choice of methods and ranks within the budget that takes longer has a smaller error"
     else:
-        why = f"predicted were {predicted:.1%}, and plans made anew after that took too long"
+        why = f"predicted were {predicted:.1%}, and no plan made anew after that came nearer in time"
     return (f"latency is left unused: asked {asked:.1%} of the original's time, measured {measured.ratio:.1%}; {why}",)
 
 
 def _refusal(profile: Profile, budget: Budget | None, chosen: Plan, measured: Measured) -> BudgetError:
     """Where all networks within the budget were slower; the profile's times are corrected for the last one."""
-    least = {limit.resource: _least(profile, limit.resource) for limit in (budget.limits if budget else ())}
+    least = {
+        limit.resource: least_amount(profile, limit.resource, slower=False)
+        for limit in (budget.limits if budget else ())
+    }
     amounts = "; ".join(
         f"{resource} {written(resource, amount)} ({share(amount, RESOURCES[resource](profile.before))})"
         for resource, amount in least.items()
@@ -182,18 +185,7 @@ def _refusal(profile: Profile, budget: Budget | None, chosen: Plan, measured: Me
     advice = "Raise the budget, allow more methods" if budget else "Choose a rule of lower ranks"
     return BudgetError(
         f"{chosen.budget} is not reachable with the guard: the last network timed takes {measured.ratio:.1%} of the "
-        f"original's time with these layers compressed: {layers}.{reachable} {advice}, or lift "
-        "the guard",
+        f"original's time with these layers compressed: {layers}.{reachable} {advice}, or lift the guard",
         least=least,
         scale=math.inf,
     )
-
-
-def _least(profile: Profile, resource: str) -> int:
-    """The least of a resource that plans without slower layers need."""
-    amount = RESOURCES[resource]
-    offered = (
-        [c for c in candidates if SLOWER not in c.caveat] or candidates
-        for candidates in (profile.of_site(site.name) for site in profile.sites)
-    )
-    return amount(profile.rest) + sum(min(amount(c.cost) for c in candidates) for candidates in offered)

@@ -12,13 +12,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
 from tdfx.cache import ListCache, sources_digest
 from tdfx.errors import InputError, OptionError, PlanError
 from tdfx.files import write_text
 from tdfx.latency import runner
-from tdfx.latency.grid import measure_rank_grid
+from tdfx.latency.grid import SECONDS, sweep
 from tdfx.latency.kit import Kit, kit_of
 from tdfx.onnx_export import export_onnx
 from tdfx.passes.fused_operators import FusedOperators
@@ -70,8 +69,7 @@ def measure_latency(
     runtime = runtime or Runtime()
     check_runtime(runtime)
     kit = _kit(captured, profile)
-    header = {"runtime": runtime.as_dict(), "host": runner.host()}
-    kept = _Kept(cache_dir, header)
+    kept = _Kept(cache_dir, runtime)
     with original_file(captured) as network, reporter(progress) as report:
         measured = runner.measure(
             kit.listing,
@@ -83,20 +81,17 @@ def measure_latency(
             progress=lambda done, total: report("timing layers", done, total),
         )
     rows = tuple(Timing(**{**row, "rank": tuple(row["rank"])}) for row in measured["rows"])
-    return LatencyTable(runtime, header["host"], **{**measured, "rows": rows})
+    return LatencyTable(runtime, runner.host(), **{**measured, "rows": rows})
 
 
 def check_runtime(runtime: Runtime) -> None:
     """Raises OptionError unless it is a Runtime whose provider ONNX Runtime has here."""
-    import onnxruntime as ort
-
     if not isinstance(runtime, Runtime):
         raise OptionError(f"runtime is a {type(runtime).__name__}; expected a tdfx.Runtime")
-    available = ort.get_available_providers()
-    if runtime.provider not in available:
-        raise OptionError(
-            f"provider {runtime.provider!r} is not in this ONNX Runtime; expected one of {', '.join(available)}"
-        )
+    try:
+        runner.check_provider(runtime.provider)
+    except ValueError as error:
+        raise OptionError(str(error)) from None
 
 
 @contextmanager
@@ -119,17 +114,22 @@ def measured_rank_grid(runtime: Runtime, cache_dir: str | Path | None = None) ->
         runtime: its options.
         cache_dir: folder that keeps it between runs.
     """
-    key = ("rank grid", sources_digest("tdfx.latency"), json.dumps([runtime.as_dict(), runner.host()], sort_keys=True))
-    unsure: list[int] = []
-
-    def measure() -> list[float]:
-        grid, is_sure = measure_rank_grid(runtime.as_dict())
-        if not is_sure:
-            unsure.append(grid)
-        return [float(grid) if is_sure else math.nan]  # which counts as missing the next time
-
-    (grid,) = ListCache(cache_dir).get(key, 1, measure)
-    return unsure[0] if unsure else int(grid)
+    kept = _Kept(cache_dir, runtime)
+    widths = sweep()
+    pieces = {piece.key: piece for piece in widths.values()}
+    taken, _ = runner.time_groups(
+        [list(pieces)],
+        {key: piece.weight_bytes for key, piece in pieces.items()},
+        lambda key: pieces[key].model(),
+        runtime.as_dict(),
+        ratios=kept.ratios,
+        keep=kept.keep,
+        progress=lambda done, total: None,
+        seconds=SECONDS,
+    )
+    found = runner.rank_grid([(piece.key, width, piece.macs) for width, piece in widths.items()], taken)
+    assert found is not None
+    return found
 
 
 def write_latency_kit(captured: Capture, profile: Profile, folder: str | Path) -> Path:
@@ -316,12 +316,12 @@ def _shapes(calls: tuple[Call, ...]) -> str:
 class _Kept:
     """Ratios of a processor, versions, options and the code that takes them, in one file of the cache."""
 
-    def __init__(self, cache_dir: str | Path | None, header: Mapping[str, Any]) -> None:
-        key = [sources_digest("tdfx.latency"), header]
+    def __init__(self, cache_dir: str | Path | None, runtime: Runtime) -> None:
+        folder = ListCache(cache_dir).folder
+        key = [sources_digest("tdfx.latency"), {"runtime": runtime.as_dict(), "host": runner.host()}]
         digest = sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
-        self.path = None if cache_dir is None else Path(cache_dir) / f"latency-{digest}.json"
+        self.path = None if folder is None else folder / f"latency-{digest}.json"
         self.ratios: dict[str, dict[str, float]] = {}
-
         if self.path is not None:
             with suppress(OSError, ValueError):  # a broken file counts as missing
                 self.ratios = runner.usable_ratios(json.loads(self.path.read_text()))

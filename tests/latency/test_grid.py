@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import onnx
 import pytest
 
 from tdfx.latency import runner
-from tdfx.latency.grid import WIDTHS, measure_rank_grid, sweep
+from tdfx.latency.grid import WIDTHS, sweep
 
-RUNTIME = {"threads": 1, "provider": "CPUExecutionProvider", "config": {}}
 MACS = {width: 28**2 * (2 * 64 * width + 9 * width**2) for width in WIDTHS}
 
 
@@ -42,20 +39,3 @@ def test_reorders_off_a_multiple_of_four_count() -> None:
 def test_the_order_of_widths_does_not_count() -> None:
     times = {width: float(MACS[-(-width // 8) * 8]) for width in reversed(WIDTHS)}
     assert runner.best_grid(times, MACS) == 8
-
-
-@pytest.mark.parametrize("waits", [[0.0], [0.5, 0.0], [0.5] * runner.TRIES])
-def test_a_sweep_beside_which_others_ran_is_taken_again_or_not_sure(
-    waits: list[float], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    left = list(waits)
-
-    def ratios(runs: Sequence[runner.Run], seconds: float) -> list[float]:
-        assert len(runs) == len(WIDTHS)
-        return [float(MACS[-(-width // 16) * 16]) for width in WIDTHS]
-
-    monkeypatch.setattr(runner, "session_run", lambda model, runtime: lambda: None)
-    monkeypatch.setattr(runner, "group_ratios", ratios)
-    monkeypatch.setattr(runner, "waiting", lambda since: left.pop(0))
-    assert measure_rank_grid(RUNTIME) == (16, waits[-1] == 0.0)
-    assert not left

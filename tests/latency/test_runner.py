@@ -395,7 +395,11 @@ def test_progress_says_how_long_it_will_take(
     monkeypatch.setattr(runner, "seconds_left", lambda work, done, elapsed_s: 34.6 if done else None)
     runner.main(device, [])
     lines = capsys.readouterr().err.splitlines()
-    assert lines[:3] == ["0 of 2 layers", "1 of 2 layers, about 35 s left", "2 of 2 layers"]
+    assert lines[:3] == [
+        "0 of 2 groups of models",
+        "1 of 2 groups of models, about 35 s left",
+        "2 of 2 groups of models",
+    ]
 
 
 def test_session_configuration_is_key_and_value() -> None:

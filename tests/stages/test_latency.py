@@ -1,27 +1,25 @@
-"""Measured times in place of estimates, and networks that are timed before they are handed over."""
+"""Measured times in place of estimates."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-import onnx
 import pytest
 import torch
+from timed_networks import INPUT, captured, compress, measured_once, network, profiled
 from torch import nn
 
 import tdfx
 from tdfx.errors import BudgetError, InputError, OptionError, PlanError
 from tdfx.latency import runner
-from tdfx.records.latency import LatencyTable, Measured, Runtime
-from tdfx.records.profile import Profile
-from tdfx.records.result import Result
+from tdfx.latency.grid import sweep
+from tdfx.records.latency import LatencyTable, Runtime
 from tdfx.stages import guard as guard_stage
 from tdfx.stages.latency import (
     corrected_times,
@@ -31,86 +29,6 @@ from tdfx.stages.latency import (
     with_latency,
     write_latency_kit,
 )
-
-INPUT = torch.randn(1, 3, 12, 12, generator=torch.Generator().manual_seed(0))
-
-
-@cache
-def network() -> nn.Module:
-    torch.manual_seed(0)
-    layers = nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 3)
-    return nn.Sequential(*layers, nn.ReLU(), nn.Flatten(), nn.Linear(3200, 10)).eval()
-
-
-@cache
-def captured() -> tdfx.Capture:
-    return tdfx.capture(network(), INPUT)
-
-
-@cache
-def profiled() -> Profile:
-    return tdfx.profile(captured(), methods=["svd", "spatial_svd", "tucker2"], rank_multiple=4)
-
-
-def macs_of(model: bytes | str) -> int:
-    """Multiply-accumulates of a model's convolutions and matrix products, as a clock of these tests counts them."""
-    loaded = onnx.load(model) if isinstance(model, str) else onnx.load_from_string(model)
-    graph = onnx.shape_inference.infer_shapes(loaded).graph
-    values = (*graph.input, *graph.output, *graph.value_info)
-    shapes = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in values}
-    shapes |= {tensor.name: list(tensor.dims) for tensor in graph.initializer}
-    for node in graph.node:
-        if node.op_type == "ConstantOfShape":
-            (sizes,) = (onnx.numpy_helper.to_array(t) for t in graph.initializer if t.name == node.input[0])
-            shapes[node.output[0]] = sizes.tolist()
-    total = 0
-    for node in graph.node:
-        if node.op_type in ("Conv", "Gemm", "MatMul"):
-            weight, output = shapes[node.input[1]], shapes[node.output[0]]
-            positions = torch.Size(output).numel() // weight[0]
-            total += positions * torch.Size(weight).numel()
-    return total
-
-
-@pytest.fixture
-def timed(monkeypatch: pytest.MonkeyPatch) -> list[bytes | str]:
-    """What a machine of the tests' own has run."""
-    return simulate(monkeypatch)
-
-
-def simulate(monkeypatch: pytest.MonkeyPatch) -> list[bytes | str]:
-    """A machine that takes a microsecond for 1,000 multiply-accumulates and 2 for every model; what it has run."""
-    ran: list[bytes | str] = []
-    now = [0.0]
-
-    def session_run(model: bytes | str, runtime: Any) -> runner.Run:
-        seconds = 2e-6 + 1e-9 * macs_of(model)
-
-        def call() -> None:
-            now[0] += seconds
-
-        ran.append(model)
-        return call
-
-    interleaved = runner.interleaved
-    monkeypatch.setattr(runner, "session_run", session_run)
-    monkeypatch.setattr(runner, "waiting", lambda since: 0.0)
-    monkeypatch.setattr(
-        runner, "interleaved", lambda runs, **given: interleaved(runs, **{**given, "clock": lambda: now[0]})
-    )
-    return ran
-
-
-@cache
-def measured_once() -> LatencyTable:
-    with pytest.MonkeyPatch.context() as patch:
-        simulate(patch)
-        return measure_latency(captured(), profiled())
-
-
-@pytest.fixture
-def table() -> LatencyTable:
-    return measured_once()
 
 
 def test_every_candidate_has_its_time(table: LatencyTable) -> None:
@@ -373,144 +291,6 @@ def test_kits_need_a_new_folder(tmp_path: Path) -> None:
 Ratios = Callable[[list[float]], list[float]]
 
 
-@pytest.fixture
-def ratios(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
-    """How the next networks' times compare with what was predicted."""
-    factors: list[float] = []
-
-    def timed(captured: object, original: Path, result: Result, runtime: Runtime) -> Measured:
-        before, after = result.plan.before.latency_s, result.plan.after.latency_s
-        assert before is not None and after is not None
-        factor = factors.pop(0)
-        return guard_stage.measured_of([before] * 5, [factor * after] * 5, result.plan, runtime)
-
-    monkeypatch.setattr(guard_stage, "time_against_original", timed)
-    yield factors
-    assert not factors
-
-
-def compress(budget: str, **options: Any) -> Result:
-    return tdfx.compress(
-        network(), INPUT, budget=budget, methods=["svd", "spatial_svd", "tucker2"], rank_multiple=4, **options
-    )
-
-
-def test_a_network_in_time_is_returned_at_once(timed: list[bytes | str], ratios: list[float]) -> None:
-    ratios[:] = [1.05]
-    result = compress("latency=60%")
-    measured = result.report.measured
-    assert measured is not None and measured.plans == 1
-    assert measured.ratio == pytest.approx(1.05 * measured.predicted_ratio)
-    assert measured.predicted_ratio <= 0.6
-    assert result.plan.latency_source == "measured"
-    assert not [note for note in result.report.notes if "latency" in note]
-    assert "measured" in str(result.report) and "predicted" in str(result.report)
-    assert tdfx.Report.from_json(result.report.to_json()) == result.report
-
-
-def test_a_network_that_misses_is_planned_anew(timed: list[bytes | str], ratios: list[float]) -> None:
-    ratios[:] = [1.3, 1.0]
-    result = compress("latency=60%")
-    assert result.report.measured is not None and result.report.measured.plans == 2
-    first = tdfx.plan(with_latency(profiled(), measured_once()), "latency=60%")
-    assert result.after.flops < first.after.flops
-
-
-def test_a_limit_in_seconds_holds_for_the_seconds_measured(
-    timed: list[bytes | str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The machine has become half as fast since the table was made."""
-    measured_of = guard_stage.measured_of
-
-    def slow(captured: object, original: Path, result: Result, runtime: Runtime) -> Measured:
-        before, after = measured_once().network_s, result.plan.after.latency_s
-        assert after is not None
-        found = result.plan.before.latency_s
-        assert found is not None
-        return measured_of([2 * before] * 5, [2 * before * after / found] * 5, result.plan, runtime)
-
-    monkeypatch.setattr(guard_stage, "time_against_original", slow)
-    limit_us = round(1e6 * 1.2 * measured_once().network_s)
-    result = compress(f"latency={limit_us}us")
-    measured = result.report.measured
-    assert measured is not None and measured.plans == 2
-    assert measured.compressed_s <= 1.1e-6 * limit_us
-
-
-def test_a_network_that_misses_is_handed_over_where_nothing_is_quicker(
-    timed: list[bytes | str], ratios: list[float]
-) -> None:
-    ratios[:] = [3.0]
-    with pytest.warns(UserWarning, match=r"asked 2.0% of the original's time, measured \d+.\d%; 1 plan was made"):
-        result = compress("latency=2%")
-    assert result.report.measured is not None
-
-
-def test_after_three_plans_the_user_is_told(timed: list[bytes | str], ratios: list[float]) -> None:
-    ratios[:] = [1.3, 1.3, 1.3]
-    with pytest.warns(UserWarning, match=r"asked 60.0% of the original's time, measured \d+.\d%; 3 plans"):
-        result = compress("latency=60%")
-    assert any("3 plans were made" in note for note in result.report.notes)
-
-
-def test_a_guarded_network_is_faster_or_refused(timed: list[bytes | str], ratios: list[float]) -> None:
-    ratios[:] = [1.9, 1.0]
-    result = compress("flops=60%", guard="measured")
-    assert result.report.measured is not None and result.report.measured.ratio < 0.98
-    assert result.after.flops <= 0.6 * result.before.flops
-
-
-def test_a_guard_that_no_network_passes_names_layers_and_what_is_reachable(
-    timed: list[bytes | str], ratios: list[float]
-) -> None:
-    ratios[:] = [1.9, 1.9, 1.9]
-    with pytest.raises(
-        BudgetError, match=r"takes 1\d\d.\d% of .* compressed: .*2.* least reachable .* flops"
-    ) as caught:
-        compress("flops=75%", guard="measured")
-    least = caught.value.least["flops"]
-    assert 0 < least <= 0.75 * profiled().before.flops
-    ratios[:] = [1.9]
-    with pytest.raises(BudgetError, match=r"ranks=ratio=0.5 is not reachable with the guard"):
-        tdfx.compress(network(), INPUT, ranks="ratio=0.5", methods=["spatial_svd"], guard="measured")
-
-
-def test_a_network_that_leaves_time_unused_makes_way(timed: list[bytes | str], ratios: list[float]) -> None:
-    ratios[:] = [0.7, 1.0]
-    result = compress("latency=60%")
-    first = tdfx.plan(with_latency(profiled(), measured_once()), "latency=60%")
-    assert result.report.measured is not None and result.report.measured.plans == 2
-    assert result.after.flops > first.after.flops
-
-
-def test_what_is_in_time_is_kept_where_later_networks_are_not(timed: list[bytes | str], ratios: list[float]) -> None:
-    ratios[:] = [0.7, 1.6, 1.6]
-    result = compress("latency=60%")
-    measured = result.report.measured
-    assert measured is not None and measured.plans == 1 and measured.ratio < 0.6
-    assert any("left unused: asked 60.0%" in note and "took too long" in note for note in result.report.notes)
-
-
-def test_time_that_no_choice_takes_is_explained(timed: list[bytes | str], ratios: list[float]) -> None:
-    ratios[:] = [1.0]
-    result = compress("latency=95%,flops=40%")
-    assert any("left unused" in note and "no choice of methods" in note for note in result.report.notes)
-
-
-def test_a_drop_with_latency_is_planned_anew(timed: list[bytes | str], ratios: list[float]) -> None:
-    ratios[:] = [60.0, 1.0]
-    result = compress("drop=50%,latency=60%", evaluate=lambda module: 1.0, minimize="params")
-    measured = result.report.measured
-    assert measured is not None and measured.plans == 2 and measured.ratio <= 0.6
-
-
-def test_latency_that_is_minimized_is_measured(timed: list[bytes | str], ratios: list[float]) -> None:
-    ratios[:] = [1.0]
-    result = compress("drop=50%", evaluate=lambda module: 1.0, minimize="latency")
-    assert result.plan.latency_source == "measured" and result.after.latency_s is not None
-    assert result.after.latency_s < 0.6 * measured_once().network_s
-
-
 def test_disturbed_times_are_told_and_not_kept(
     timed: list[bytes | str], ratios: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -528,24 +308,6 @@ def test_a_provider_that_is_not_there_is_refused() -> None:
         compress("latency=60%", runtime=Runtime(provider="Fast"))
 
 
-def test_without_the_guard_nothing_is_timed(timed: list[bytes | str], ratios: list[float]) -> None:
-    result = compress("flops=60%")
-    assert not timed and result.report.measured is None and result.plan.latency_source == "estimated"
-
-
-def test_a_table_of_another_device_is_planned_with(timed: list[bytes | str], ratios: list[float]) -> None:
-    table = measured_once()
-    result = compress("latency=60%", latency=table)
-    assert result.report.measured is None and result.plan.latency_source == "measured"
-    assert result.after.latency_s is not None and result.after.latency_s <= 0.6 * table.network_s
-
-
-def test_a_guard_by_a_table_says_that_nothing_was_timed_here(timed: list[bytes | str], ratios: list[float]) -> None:
-    result = compress("flops=60%", latency=measured_once(), guard="measured")
-    assert any("the network itself was not timed" in note for note in result.report.notes)
-    assert not any("was not timed" in note for note in compress("latency=60%", latency=measured_once()).report.notes)
-
-
 def test_options_of_other_types_are_refused() -> None:
     with pytest.raises(OptionError, match="latency is a str; expected a LatencyTable"):
         compress("latency=60%", latency="latency.json")
@@ -557,27 +319,17 @@ def test_options_of_other_types_are_refused() -> None:
         measure_latency(captured(), profiled(), runtime=Runtime(provider="Fast"))
 
 
-def test_a_disturbed_rank_grid_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = [(1, False), (16, True), (8, True)]
-    monkeypatch.setattr("tdfx.stages.latency.measure_rank_grid", lambda runtime: found.pop(0))
-    assert [measured_rank_grid(Runtime(), tmp_path) for _ in range(3)] == [1, 16, 16]
-
-
-def test_a_rule_whose_network_is_slower_is_refused_by_the_guard(timed: list[bytes | str], ratios: list[float]) -> None:
-    ratios[:] = [1.9]
-    with pytest.raises(BudgetError, match=r"ranks=energy=0.9.* not reachable with the guard.* Choose a rule of lower"):
-        tdfx.compress(network(), INPUT, ranks="energy=0.9", methods=["spatial_svd"], guard="measured")
-
-
-def test_a_network_left_as_it_is_passes_the_guard(timed: list[bytes | str], ratios: list[float]) -> None:
-    ratios[:] = [1.0]
-    result = compress("flops=100%", guard="measured")
-    assert all(candidate.is_dense for candidate in result.plan.candidates)
-
-
-def test_an_unknown_guard_is_refused() -> None:
-    with pytest.raises(OptionError, match="guard is 'on'; expected one of 'estimated', 'measured'"):
-        compress("flops=60%", guard="on")
+def test_a_disturbed_rank_grid_is_not_kept(
+    timed: list[bytes | str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    widths = len(sweep())
+    monkeypatch.setattr(runner, "waiting", lambda since: 0.5)
+    assert measured_rank_grid(Runtime(), tmp_path) == 1  # the clock of these tests knows no blocks
+    monkeypatch.setattr(runner, "waiting", lambda since: 0.0)
+    assert [measured_rank_grid(Runtime(), tmp_path) for _ in range(2)] == [1, 1]
+    assert len(timed) == 2 * widths
+    measured_rank_grid(Runtime(threads=2), tmp_path)
+    assert len(timed) == 3 * widths
 
 
 @pytest.mark.parametrize("pace", [1.0, 2.5])
