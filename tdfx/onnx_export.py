@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ from torch.utils import _pytree as pytree
 
 from tdfx.contained import failing_as, plain_attention, quiet, reason
 from tdfx.errors import ExportError, InputError, OptionError
+from tdfx.evaluation import Evaluate
 from tdfx.files import replacing
 from tdfx.inputs import Inputs, as_args, as_kwargs
 from tdfx.parity import OutputParity, compare, session_options
@@ -39,7 +41,7 @@ class ExportReport:
 
     Attributes:
         path: the file, as given. With ``quantization`` that one is int8, and the rest of this is about the float32
-            file that it was made from, which is not kept.
+            file that it was made from, which is kept only if asked for.
         opset: version of the ONNX operator set, read from the file.
         max_abs_diff: largest absolute difference over all outputs and batch sizes, in output units.
         max_rel_diff: largest difference of an output divided by that output's largest magnitude.
@@ -75,6 +77,8 @@ def export_onnx(
     quantize: str | None = None,
     calibration: object = None,
     samples: int | None = None,
+    evaluate: Evaluate | None = None,
+    float32: str | os.PathLike[str] | None = None,
 ) -> ExportReport:
     """Write a network as an ONNX file that is known to compute the same.
 
@@ -102,6 +106,8 @@ def export_onnx(
         calibration: for int8, inputs like those of use: as for ``tdfx.calibrate`` a tensor, tuple or dictionary of
             tensors, loader or other iterable of batches.
         samples: how many of them to use; None for all.
+        evaluate: for int8, from a module, which ONNX Runtime computes, to a score: the report has both files'.
+        float32: for int8, where the float32 file is kept as well.
 
     Returns:
         What was written, and how far its outputs are from the network's.
@@ -121,7 +127,8 @@ def export_onnx(
     traced = batch if dynamic is None else max(batch, 2)
     batch_sizes = (batch,) if dynamic is None else (batch, traced + 1)
     dtypes = {tensor.dtype for tensor in (*network.parameters(), *_tensors(example)) if tensor.dtype in RTOL}
-    check_quantize(quantize, calibration, samples, dtypes)
+    check_quantize(quantize, calibration, samples, evaluate, dtypes)
+    _check_float32(float32, path, quantize)
     default = max((RTOL[dtype] for dtype in dtypes), default=RTOL[torch.float32])
     allowed = default if rtol is None or quantize is not None else rtol
     hint = (
@@ -133,7 +140,7 @@ def export_onnx(
     with replacing(path) as final, ExitStack() as temporary:
         # Everything in the final file's folder gets a name; the float32 file of an int8 one must not.
         folder = temporary.enter_context(TemporaryDirectory()) if quantize is not None else final.parent
-        staged = Path(folder) / final.name
+        staged = Path(folder) / (final if float32 is None else Path(os.fsdecode(float32))).name
         program = _export(network, _resized(example, traced), dynamic, opset)
         external = _save(program, staged)
         del program
@@ -151,7 +158,8 @@ def export_onnx(
         if quantize is not None:
             source = FloatFile(staged, external, _tensors(example), batch if dynamic is None else None)
             run = partial(_run, network, example)
-            quantization = quantized(source, final, run, calibration, samples, rtol)
+            quantization = quantized(source, final, run, calibration, samples, rtol, evaluate)
+            _keep(staged, float32)
     outputs = tuple(
         OutputParity(same[0].name, max(run.max_abs_diff for run in same), max(run.max_rel_diff for run in same))
         for same in zip(*runs, strict=True)
@@ -180,6 +188,15 @@ def _check_options(dynamic: object, rtol: object, opset: object) -> None:
         raise OptionError(f"opset is {opset!r}, expected an integer of {LEAST_OPSET} or more, or None")
     if rtol is not None and not (isinstance(rtol, (int, float)) and 0 <= rtol < 1):
         raise OptionError(f"rtol is {rtol!r}, expected a number from 0 to below 1, or None")
+
+
+def _check_float32(float32: str | os.PathLike[str] | None, path: str | os.PathLike[str], quantize: str | None) -> None:
+    if float32 is None:
+        return
+    if quantize is None:
+        raise OptionError(f"float32 is {os.fsdecode(float32)!r}; without quantize the file at path is float32")
+    if os.path.realpath(float32) == os.path.realpath(path):
+        raise OptionError(f"float32 and path are both {os.fsdecode(path)!r}; choose two names")
 
 
 def _eval_copy(module: nn.Module) -> nn.Module:
@@ -300,6 +317,16 @@ def _save(program: torch.onnx.ONNXProgram, path: Path) -> bool:
         _strip(model)
         onnx.save_model(model, path, save_as_external_data=external, location=f"{path.name}.data")
     return external
+
+
+def _keep(staged: Path, path: str | os.PathLike[str] | None) -> None:
+    """Copies a file, with its weights where they lie beside it, to its final name."""
+    if path is None:
+        return
+    with replacing(path) as final:
+        for source in (staged, staged.with_name(f"{staged.name}.data")):
+            if source.exists():
+                shutil.copyfile(source, final.with_name(source.name))
 
 
 def _strip(message: Any) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import quantiles
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,12 @@ from tdfx.contained import failing_as, quiet
 from tdfx.data import Batch, fitted
 from tdfx.equalization import Feed, channel_ranges, equalize, pairs
 from tdfx.errors import InputError, OptionError, VerificationError
+from tdfx.evaluation import Evaluate, check_evaluate, score
+from tdfx.latency import runner
+from tdfx.onnx_module import OnnxModule
 from tdfx.parity import TINY, differences, session_options
+from tdfx.records.latency import Runtime
+from tdfx.records.reading import Signed
 from tdfx.replay import Replay
 
 INT8 = "int8"
@@ -60,6 +66,9 @@ class Quantization:
         max_rel_diff: the largest of the outputs.
         rtol: the most that was allowed for floating-point outputs; None: any.
         outputs: one record per output.
+        speed: median of the float32 file's seconds over this one's, both run in turn in ONNX Runtime on one thread.
+        speed_quartiles: lower and upper quartile of the same.
+        scores: what ``evaluate`` says of the float32 file and of this one; None if it was not given.
         notes: what the user should know.
     """
 
@@ -71,6 +80,9 @@ class Quantization:
     max_rel_diff: float
     rtol: float | None
     outputs: tuple[QuantizedOutput, ...]
+    speed: float
+    speed_quartiles: tuple[float, ...]
+    scores: tuple[Signed, ...] | None
     notes: tuple[str, ...] = ()
 
 
@@ -163,13 +175,16 @@ class _Reader(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime has n
         return next(self.feeds, None)
 
 
-def check_quantize(quantize: object, calibration: object, samples: object, dtypes: Collection[torch.dtype]) -> None:
+def check_quantize(
+    quantize: object, calibration: object, samples: object, evaluate: object, dtypes: Collection[torch.dtype]
+) -> None:
     """Refuse options that are not understood, and networks of other floats than float32.
 
     Args:
         quantize: None or "int8".
         calibration: data or None.
         samples: a positive integer or None.
+        evaluate: a function or None.
         dtypes: floating-point types of the network's parameters and inputs.
 
     Raises:
@@ -177,11 +192,13 @@ def check_quantize(quantize: object, calibration: object, samples: object, dtype
     """
     if quantize not in (None, INT8):
         raise OptionError(f"quantize is {quantize!r}; expected {INT8!r} or None")
-    for name, value in (("calibration", calibration), ("samples", samples)):
+    for name, value in (("calibration", calibration), ("samples", samples), ("evaluate", evaluate)):
         if value is not None and quantize is None:
             raise OptionError(f"{name} is given without quantize; pass quantize={INT8!r} too, or leave it out")
     if samples is not None and (calibration is None or type(samples) is not int or samples < 1):
         raise OptionError(f"samples is {samples!r}; expected a positive integer, with calibration data, or None")
+    if evaluate is not None:
+        check_evaluate(evaluate)
     others = sorted({str(dtype).removeprefix("torch.") for dtype in dtypes} - {"float32"})
     if quantize is not None and others:
         raise InputError(
@@ -197,6 +214,7 @@ def quantized(
     calibration: object,
     samples: int | None,
     rtol: float | None,
+    evaluate: Evaluate | None = None,
 ) -> Quantization:
     """Write a float32 file in int8 and compare its outputs with the network's.
 
@@ -207,9 +225,11 @@ def quantized(
         calibration: data as ``tdfx.data.batches`` takes it, or None.
         samples: how many of them to use; None for all.
         rtol: largest difference of a floating-point output, relative to its largest magnitude; None allows any.
+        evaluate: gives both files' scores.
 
     Raises:
         ExportError: onnxruntime fails.
+        OptionError: ``evaluate`` returns no finite number.
         InputError: the data cannot be read.
         VerificationError: an output differs by more than ``rtol``.
     """
@@ -239,6 +259,9 @@ def quantized(
     with failing_as("ONNX Runtime cannot load the int8 file", HINT):
         session = ort.InferenceSession(str(target), session_options(), providers=["CPUExecutionProvider"])
     outputs = _differences(session, inputs, network(inputs), rtol)
+    files = source.path, target
+    before, after = runner.network_times(list(map(str, files)), Runtime().as_dict())
+    lower, speed, upper = quantiles([a / b for a, b in zip(before, after, strict=True)], n=4)
     return Quantization(
         path=str(target),
         file_bytes=folder_bytes(target.parent),
@@ -248,6 +271,9 @@ def quantized(
         max_rel_diff=max(output.max_rel_diff for output in outputs),
         rtol=rtol,
         outputs=outputs,
+        speed=speed,
+        speed_quartiles=(lower, upper),
+        scores=None if evaluate is None else tuple(score(evaluate, OnnxModule(path)) for path in files),
         notes=() if _holds_int8(target) else (NOTHING,),
     )
 

@@ -4,28 +4,24 @@ from __future__ import annotations
 
 import copy
 import inspect
-import math
 import sys
 from collections.abc import Callable
 from functools import partial
-from numbers import Real
 from operator import attrgetter
 from pathlib import Path
 from types import ModuleType
 
-from torch import Tensor, nn
+from torch import nn
 
 from tdfx.cache import ListCache, sources_digest
-from tdfx.errors import OptionError, PlanError
+from tdfx.errors import PlanError
+from tdfx.evaluation import Evaluate, check_evaluate, score
 from tdfx.moments import Moments
 from tdfx.records.capture import Capture
 from tdfx.records.plan import Plan
 from tdfx.records.profile import Profile
 from tdfx.stages.apply import carry_out
 from tdfx.version import VERSION
-
-Evaluate = Callable[[nn.Module], float]
-"""A network's score, higher is better."""
 
 
 class Scores:
@@ -54,8 +50,7 @@ class Scores:
         moments: Moments | None = None,
         cache_dir: str | Path | None = None,
     ) -> None:
-        if not callable(evaluate):
-            raise OptionError(f"evaluate is a {type(evaluate).__name__}; expected a function from a network to a score")
+        check_evaluate(evaluate)
         self.measured = 0
         self._captured = captured
         self._evaluate = evaluate
@@ -93,7 +88,7 @@ class Scores:
     def _measure(self, make: Callable[[], nn.Module]) -> list[float]:
         network = copy.deepcopy(make()).eval()  # factors share memory with the layers that stay
         self.measured += 1
-        return [_number(self._evaluate(network))]
+        return [score(self._evaluate, network)]
 
 
 def check_belongs(captured: Capture, profile: Profile, moments: Moments | None) -> None:
@@ -110,13 +105,6 @@ def check_belongs(captured: Capture, profile: Profile, moments: Moments | None) 
 
 def _named(fingerprint: str | None) -> str:
     return "no moments" if fingerprint is None else f"moments of fingerprint {fingerprint[:8]}"
-
-
-def _number(value: object) -> float:
-    found = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
-    if not isinstance(found, Real) or isinstance(found, bool) or not math.isfinite(found):
-        raise OptionError(f"evaluate returned {value!r}; expected a finite number, higher for better networks")
-    return float(found)
 
 
 def _identity(evaluate: Evaluate) -> tuple[str, ...] | None:

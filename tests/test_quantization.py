@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -19,7 +20,8 @@ from torch import Tensor, nn
 
 import tdfx
 from tdfx import onnx_export, quantization
-from tdfx.errors import ExportError, InputError, OptionError, VerificationError
+from tdfx.errors import ExportError, InputError, OptionError, PlanError, VerificationError
+from tdfx.latency import runner
 from tdfx.onnx_export import ExportReport, export_onnx
 from tdfx.quantization import Quantization
 from tdfx.records.reading import read
@@ -101,6 +103,36 @@ def test_the_report_holds_both_files_errors_and_sizes(exported: tuple[Path, Expo
     assert report.max_rel_diff < 1e-5
     assert report.file_bytes > 0
     assert report.file_bytes != found.file_bytes
+
+
+def test_the_report_holds_time_and_scores_beside_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    timed: list[list[str]] = []
+
+    def network_times(models: list[str], runtime: Any) -> list[list[float]]:
+        timed.append(models)
+        return [[4.0, 6.0, 8.0, 10.0], [2.0, 2.0, 2.0, 2.0]]
+
+    monkeypatch.setattr(runner, "network_times", network_times)
+    seen: list[Tensor] = []
+
+    def evaluate(network: nn.Module) -> float:
+        seen.append(network(images(5)))
+        return -float(len(seen))
+
+    options: dict[str, Any] = {"quantize": "int8", "calibration": images(80), "evaluate": evaluate}
+    report = export_onnx(make(), tmp_path / "int8.onnx", images(2), float32=tmp_path / "float.onnx", **options)
+    found = int8(report)
+    assert (found.speed, found.speed_quartiles) == (3.5, (2.25, 4.75))
+    assert [Path(model).name for model in timed[0]] == ["float.onnx", "int8.onnx"]
+    assert found.scores == (-1.0, -2.0)
+    for file, output in zip(("float.onnx", "int8.onnx"), seen, strict=True):
+        np.testing.assert_allclose(output.numpy(), run(tmp_path / file, images(5))[0], rtol=1e-6)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["float.onnx", "int8.onnx"]
+    assert read(ExportReport, json.loads(json.dumps(asdict(report))), "export") == report
+    values = asdict(report)
+    values["quantization"]["scores"] = [math.nan]
+    with pytest.raises(PlanError, match=r"scores\[0\] is nan; expected a finite number"):
+        read(ExportReport, json.loads(json.dumps(values)), "export")
 
 
 def test_the_batch_stays_open(exported: tuple[Path, ExportReport]) -> None:
@@ -230,6 +262,9 @@ def test_what_onnxruntime_cannot_quantize_is_an_export_error(tmp_path: Path, mon
         ({"quantize": "int4"}, "quantize is 'int4'; expected 'int8' or None"),
         ({"calibration": torch.zeros(1)}, "calibration is given without quantize; pass quantize='int8' too"),
         ({"samples": 3}, "samples is given without quantize"),
+        ({"evaluate": len}, "evaluate is given without quantize"),
+        ({"quantize": "int8", "evaluate": "top1"}, "evaluate is a str; expected a function"),
+        ({"float32": "f.onnx"}, "float32 is 'f.onnx'; without quantize"),
         ({"quantize": "int8", "samples": 3}, "samples is 3; expected a positive integer, with calibration data"),
         ({"quantize": "int8", "calibration": torch.ones(1), "samples": 0}, "samples is 0; expected a positive integer"),
     ],
@@ -347,8 +382,27 @@ def test_the_commands_write_int8_beside(folder: Path) -> None:
     assert saved["quantization"]["path"] == str(Path("out/model.int8.onnx"))
     assert "int8, calibrated on 8 samples" in tdfx_command("inspect", "out")[0]
     assert tdfx.load("out").plan.metric == "loss"
-    stdout, _ = tdfx_command("export", "out", "--quantize", "int8", *data)
+    Path("score.py").write_text("def size(network):\n    return float(network.session is not None)\n")
+    stdout, _ = tdfx_command("export", "out", "--quantize", "int8", *data, "--evaluate", "score.py:size")
     assert "int8, calibrated on 8 samples; differs by" in stdout
+    assert "x as fast as float32" in stdout and "; score 1, of float32 1" in stdout
     assert "note: out/model.int8.onnx was there before" in tdfx_command("export", "out")[0]
     _, stderr = tdfx_command("export", "out", *data, code=2)
-    assert "it is for --quantize" in stderr
+    assert "--data" in stderr and "it is for --quantize" in stderr
+    _, stderr = tdfx_command("export", "out", "--evaluate", "score.py:size", code=2)
+    assert "--evaluate" in stderr and "it is for --quantize" in stderr
+
+
+def test_both_files_need_names_of_their_own(tmp_path: Path) -> None:
+    path = tmp_path / "n.onnx"
+    with pytest.raises(OptionError, match="float32 and path are both"):
+        export_onnx(make(), path, images(2), quantize="int8", float32=tmp_path / "." / "n.onnx")
+
+
+def test_weights_beside_the_float32_file_are_kept_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnx_export, "MAX_WEIGHT_BYTES", 1)
+    path = tmp_path / "float" / "f.onnx"
+    export_onnx(make(), tmp_path / "n.onnx", images(2), quantize="int8", float32=path)
+    assert sorted(entry.name for entry in path.parent.iterdir()) == ["f.onnx", "f.onnx.data"]
+    wanted = make()(images(2)).detach().numpy()
+    np.testing.assert_allclose(run(path, images(2))[0], wanted, rtol=1e-4, atol=1e-5 * np.abs(wanted).max())

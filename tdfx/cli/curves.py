@@ -12,11 +12,11 @@ import typer
 from tdfx.cli import options as given
 from tdfx.cli.support import Source, cache_folder, exit_codes, model_and_inputs, names, read_record, unless_none
 from tdfx.errors import InputError
+from tdfx.evaluation import Evaluate
 from tdfx.files import replacing, write_text
 from tdfx.loading import module_from_file, module_named
 from tdfx.plots import check_matplotlib, plot_sensitivity
 from tdfx.records.profile import Profile
-from tdfx.scores import Evaluate
 from tdfx.stages.capture import capture
 from tdfx.stages.frontier import frontier as find_frontier
 from tdfx.stages.profile import profile as make_profile

@@ -18,6 +18,7 @@ from tdfx.decompositions import registry
 from tdfx.errors import InputError
 from tdfx.onnx_export import ExportReport
 from tdfx.passes.base import GraphPass, RewritePass
+from tdfx.quantization import Quantization
 from tdfx.records.latency import LatencyTable
 from tdfx.records.plan import Plan
 from tdfx.records.profile import Profile
@@ -87,8 +88,18 @@ def parity(export: ExportReport) -> str:
     error = max(output.rel_l2_diff for output in int8.outputs)
     return (
         f"{text}\n{int8.path}: {count(int8.file_bytes)}B, int8, {where}; differs by {int8.max_rel_diff:.2g} of the "
-        f"largest output, by {error:.2g} in Euclidean norm" + "".join(f"\nnote: {note}" for note in int8.notes)
+        f"largest output, by {error:.2g} in Euclidean norm{_beside(int8)}"
+        + "".join(f"\nnote: {note}" for note in int8.notes)
     )
+
+
+def _beside(int8: Quantization) -> str:
+    """Time and score beside those of the float32 file."""
+    lower, upper = int8.speed_quartiles
+    text = f"; {int8.speed:.2f}x as fast as float32 (quartiles {lower:.2f} and {upper:.2f})"
+    if int8.scores is not None:
+        text += "; score {:.4g}, of float32 {:.4g}".format(*reversed(int8.scores))
+    return text
 
 
 def graph_passes() -> list[type[GraphPass[Any]]]:

@@ -130,7 +130,18 @@ def compress(
                     result, source.read(captured), output=output, minutes=tune, seed=seed, cache_dir=cache
                 )
             calibration = None if source is None or quantize is None else source.read(captured)
-            written = write_onnx(folder, result, args, kwargs, opset, fixed_batch, quantize, calibration, samples)
+            written = write_onnx(
+                folder,
+                result,
+                args,
+                kwargs,
+                opset,
+                fixed_batch,
+                quantize,
+                calibration,
+                samples,
+                None if quantize is None else score,
+            )
         typer.echo(f"{result.report}\n\n{_exported(out, written, *FILES)}; tdfx.load reads it{_stale(out, quantize)}")
 
 
@@ -263,18 +274,23 @@ def export(
     samples: given.Samples = None,
     mean: given.Mean = None,
     std: given.Std = None,
+    evaluate: Annotated[str | None, typer.Option(metavar="FUNCTION", help=EVALUATE_HELP)] = None,
     debug: given.Debug = False,
 ) -> None:
     """Write a saved result as a verified ONNX file, into its folder; with --quantize also in int8."""
     with exit_codes(debug):
-        if data is not None and quantize is None:
-            raise typer.BadParameter("it is for --quantize, which is left out", param_hint="--data")
+        for option, value in (("--data", data), ("--evaluate", evaluate)):
+            if value is not None and quantize is None:
+                raise typer.BadParameter("it is for --quantize, which is left out", param_hint=option)
+        score = None if evaluate is None else load_evaluate(evaluate)
         result = load(folder, None if model is None else open_model(model))
         args, kwargs = example_inputs(inputs) if inputs else draw_inputs(result.report.inputs)
         source = Source.of(data, samples, mean, std, "auto")
         calibration = None if source is None else source.read(capture(result.module, args, kwargs))
         with output_folder(folder) as output:
-            written = write_onnx(output, result, args, kwargs, opset, fixed_batch, quantize, calibration, samples)
+            written = write_onnx(
+                output, result, args, kwargs, opset, fixed_batch, quantize, calibration, samples, score
+            )
         typer.echo(f"{_exported(folder, written)}{_stale(folder, quantize)}")
 
 

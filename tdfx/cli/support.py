@@ -18,6 +18,7 @@ from tdfx.cache import user_cache
 from tdfx.cli.data import load_data
 from tdfx.cli.options import Quantized
 from tdfx.errors import InputError, PlanError, TdfxError
+from tdfx.evaluation import Evaluate
 from tdfx.latency.runner import entries
 from tdfx.loading import example_inputs, is_program, open_model, program_inputs
 from tdfx.metrics import LOSS
@@ -211,28 +212,29 @@ def write_onnx(
     quantize: Quantized | None = None,
     calibration: object = None,
     samples: int | None = None,
+    evaluate: Evaluate | None = None,
 ) -> ExportReport:
     """Writes all files of a result, the network as ``model.onnx`` and, if asked for, ``model.int8.onnx`` among them.
 
     Raises:
         ExportError, InputError, VerificationError: as for ``export_onnx``.
     """
-    dynamic = None if fixed_batch else "batch"
-    export = export_onnx(result.module, output.stage(ONNX), args, kwargs, dynamic=dynamic, opset=opset)
+    export = export_onnx(
+        result.module,
+        output.stage(ONNX if quantize is None else INT8_ONNX),
+        args,
+        kwargs,
+        dynamic=None if fixed_batch else "batch",
+        opset=opset,
+        quantize=None if quantize is None else quantize.value,
+        calibration=calibration,
+        samples=None if calibration is None else samples,
+        evaluate=evaluate,
+        float32=None if quantize is None else output.stage(ONNX),
+    )
     export = replace(export, path=str(output.folder / ONNX))
-    if quantize is not None:
-        smaller = export_onnx(
-            result.module,
-            output.stage(INT8_ONNX),
-            args,
-            kwargs,
-            dynamic=dynamic,
-            opset=opset,
-            quantize=quantize.value,
-            calibration=calibration,
-            samples=None if calibration is None else samples,
-        ).quantization
-        assert smaller is not None
-        export = replace(export, quantization=replace(smaller, path=str(output.folder / INT8_ONNX)))
+    if export.quantization is not None:
+        int8 = replace(export.quantization, path=str(output.folder / INT8_ONNX))
+        export = replace(export, quantization=int8)
     output.save_result(result, export)
     return export

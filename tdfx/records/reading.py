@@ -132,10 +132,12 @@ def _is_number(value: object) -> bool:
 
 
 _Positive = Annotated[int, "positive"]
+Signed = Annotated[float, "of any sign"]
 _SCALARS: dict[Any, tuple[Callable[[object], bool], str]] = {
     str: (lambda value: isinstance(value, str), "a string"),
     bool: (lambda value: isinstance(value, bool), "true or false"),
     int: (_is_int, "a whole number of 0 or more"),
     _Positive: (lambda value: _is_int(value) and value != 0, "a positive whole number"),
     float: (_is_number, "a finite number of 0 or more"),
+    Signed: (lambda value: _is_number(abs(value) if isinstance(value, int | float) else value), "a finite number"),
 }

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tdfx.budget import LATENCY, Budget
 from tdfx.errors import OptionError
+from tdfx.evaluation import Evaluate
 from tdfx.inputs import Inputs
 from tdfx.metrics import LOSS
 from tdfx.moments import Moments
@@ -20,7 +21,6 @@ from tdfx.records.latency import LatencyTable, Runtime
 from tdfx.records.plan import MEASURED
 from tdfx.records.profile import Profile
 from tdfx.records.result import Result
-from tdfx.scores import Evaluate
 from tdfx.stages.apply import carry_out, check_verify
 from tdfx.stages.calibrate import calibrate
 from tdfx.stages.capture import Model, capture

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tdfx.budget import Budget, Limit, find_resource
 from tdfx.errors import BudgetError, OptionError
+from tdfx.evaluation import Evaluate
 from tdfx.metrics import contribution
 from tdfx.moments import Moments
 from tdfx.progress import Report, reporter
@@ -17,7 +18,7 @@ from tdfx.records.capture import Capture
 from tdfx.records.frontier import Frontier, Point
 from tdfx.records.plan import Plan
 from tdfx.records.profile import Profile
-from tdfx.scores import Evaluate, Scores, check_belongs
+from tdfx.scores import Scores, check_belongs
 from tdfx.stages.plan import plan, read_budget
 
 STEPS = 10_000

@@ -10,13 +10,14 @@ from pathlib import Path
 
 from tdfx.budget import Budget, Drop, Limit, find_resource
 from tdfx.errors import BudgetError
+from tdfx.evaluation import Evaluate
 from tdfx.moments import Moments
 from tdfx.progress import Report, reporter
 from tdfx.records.capture import Capture
 from tdfx.records.plan import Plan
 from tdfx.records.profile import Profile
 from tdfx.records.result import Result
-from tdfx.scores import Evaluate, Scores, check_belongs
+from tdfx.scores import Scores, check_belongs
 from tdfx.stages.apply import carry_out
 from tdfx.stages.frontier import least_amount
 from tdfx.stages.plan import plan, read_budget
