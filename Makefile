@@ -21,7 +21,7 @@ types: $(READY)
 
 # A latency kit runs where there is no PyTorch: in a second environment.
 unit: $(READY) $(DEVICE)
-	OMP_NUM_THREADS=1 TDFX_DEVICE_PYTHON=$(CURDIR)/$(DEVICE)/bin/python $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 TDFX_DEVICE_PYTHON=$(CURDIR)/$(DEVICE)/bin/python $(BIN)/python -m pytest -n auto --dist loadfile
 
 # Not part of `make test`, where a few hundred layers are drawn; some 20 minutes.
 fuzz: $(READY)
