@@ -15,7 +15,7 @@ from torch import fx, nn
 from tdfx.errors import PassError, TdfxError
 
 T = TypeVar("T")
-Layer = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
+Layer = nn.Linear | nn.modules.conv._ConvNd
 
 
 class GraphPass(ABC, Generic[T]):

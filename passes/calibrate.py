@@ -59,7 +59,11 @@ class Sums:
         shape, out = covariance_shape(layer, gradients), layer.out_channels
         n = layer.in_channels * math.prod(layer.kernel_size)
         zeros = torch.zeros(out, out, dtype=torch.float64) if gradients else None
-        overlap = math.prod(math.ceil(size / step) for size, step in zip(layer.kernel_size, layer.stride, strict=True))
+        pairs = zip(layer.kernel_size, layer.stride, strict=True)
+        if layer.is_transposed:  # more outputs than inputs, of which zeros between inputs count for nothing
+            overlap = math.prod(max(size, step) for size, step in pairs)
+        else:
+            overlap = math.prod(math.ceil(size / step) for size, step in pairs)
         sums = torch.zeros(n, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64)
         return cls(*sums, zeros, overlap=overlap)
 

@@ -25,6 +25,7 @@ from tdfx.records.layer import Rank, Site, Skipped
 from tdfx.scoring import Scoring
 from tdfx.selection import Selection
 from tdfx.targets import Target, layer_cost
+from tdfx.transposed import convolution_weight
 from tdfx.version import VERSION
 
 Progress = Callable[[str, int, int], None]
@@ -159,12 +160,12 @@ def chain_cost(method: Decomposition, site: Site, rank: Rank, target: Target | N
 
 
 def site_weight(graph_module: fx.GraphModule, site: Site) -> Tensor:
-    """The weight of a site's layer in float64.
+    """The weight of a site's layer in float64; of a transposed convolution that of the equal convolution.
 
     Raises:
         WeightError: it holds NaN or Inf.
     """
-    weight = layer_at(graph_module, site.name).weight.detach()
+    weight = convolution_weight(layer_at(graph_module, site.name))
     bad = int((~torch.isfinite(weight)).sum())
     if bad:
         raise WeightError(

@@ -31,10 +31,11 @@ _HOOKS = (
     "_backward_hooks",
     "_backward_pre_hooks",
 )
-_STOCK_FORWARDS = frozenset(
-    layer.forward
-    for layer in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.modules.linear.NonDynamicallyQuantizableLinear)
-)
+_LAYERS = (
+    nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear, nn.Conv1d, nn.Conv2d, nn.Conv3d,
+    nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
+)  # fmt: skip
+_INNER_FORWARDS = ("_conv_forward", "_output_padding")
 
 
 def isolate(model: nn.Module, *, keep_hooks: bool = False) -> tuple[nn.Module, tuple[str, ...]]:
@@ -177,12 +178,10 @@ class LayerTracer(fx.Tracer):
 
 def has_stock_forward(module: nn.Module) -> bool:
     """Whether a module computes what torch's layer of that kind computes, so that a chain may stand in for it."""
-    stock_conv = not isinstance(module, nn.modules.conv._ConvNd) or type(module)._conv_forward in (
-        nn.Conv1d._conv_forward,
-        nn.Conv2d._conv_forward,
-        nn.Conv3d._conv_forward,
-    )
-    return type(module).forward in _STOCK_FORWARDS and "forward" not in vars(module) and stock_conv
+    kind = next((layer for layer in _LAYERS if type(module).forward is layer.forward), None)
+    if kind is None or "forward" in vars(module):
+        return False
+    return all(getattr(type(module), name, None) is getattr(kind, name, None) for name in _INNER_FORWARDS)
 
 
 def has_torch_forward(module: nn.Module) -> bool:

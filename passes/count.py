@@ -204,7 +204,8 @@ def _convolution(args: Sequence[Any], output: Any, transposed: bool = False) -> 
         groups=grouped.shape[1] // weight.shape[1],
         inputs=source.numel(),
         itemsize=source.dtype.itemsize,
-        conv=weight.dim() == 4 and not transposed,
+        conv=weight.dim() == 4,
+        scattered=output.numel() if transposed else 0,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, fx, nn
 
@@ -11,12 +12,16 @@ from tdfx.passes.capture import has_stock_forward
 from tdfx.passes.shape_prop import TensorMeta
 from tdfx.passes.sharing import sharers
 from tdfx.records.layer import ITEMSIZE, Call, Kind, LayerSpec, Site, Skipped
+from tdfx.transposed import ConvTranspose
 
 KINDS: dict[type[nn.Module], Kind] = {
     nn.Linear: "linear",
     nn.Conv1d: "conv1d",
     nn.Conv2d: "conv2d",
     nn.Conv3d: "conv3d",
+    nn.ConvTranspose1d: "conv_transpose1d",
+    nn.ConvTranspose2d: "conv_transpose2d",
+    nn.ConvTranspose3d: "conv_transpose3d",
 }
 DEPTHWISE_KERNEL = 5
 """In two directions: two vectors of 3 have two thirds of the elements of 3 x 3, and take a pass more."""
@@ -39,7 +44,7 @@ class FindSites(AnalysisPass[tuple[tuple[Site, ...], tuple[Skipped, ...]]]):
                 nodes.setdefault(node.target, []).append(node)
         sites, skipped = [], []
         for name, calls in nodes.items():
-            reason = _obstacle(graph_module, name)
+            reason = _obstacle(graph_module, name, calls)
             if reason is None:
                 sites.append(Site.of(self._layer(graph_module, name, calls)))
             else:
@@ -73,6 +78,7 @@ def layer_spec(name: str, module: Layer, calls: tuple[Call, ...]) -> LayerSpec:
         bias=bias,
         dtype=dtype,
         calls=calls,
+        output_padding=tuple(module.output_padding) if isinstance(module, ConvTranspose) else (),
     )
 
 
@@ -86,7 +92,7 @@ def has_weight_matrix(module: nn.Module) -> bool:
     return any(parameter.dim() >= 2 for parameter in module.parameters())
 
 
-def _obstacle(graph_module: fx.GraphModule, name: str) -> str | None:
+def _obstacle(graph_module: fx.GraphModule, name: str, calls: list[fx.Node]) -> str | None:
     module = layer_at(graph_module, name)
     if not has_stock_forward(module) and isinstance(module, tuple(KINDS)):
         return f"{type(module).__name__} has a forward of its own; use torch's layer there"
@@ -99,13 +105,20 @@ def _obstacle(graph_module: fx.GraphModule, name: str) -> str | None:
         size = " x ".join(map(str, module.kernel_size))
         least = f"{DEPTHWISE_KERNEL} x {DEPTHWISE_KERNEL}"
         return f"a depthwise {size} convolution is cheap already; kernels of {least} and more are decomposed"
+    if isinstance(module, ConvTranspose) and any(map(_output_size, calls)):
+        return "it is called with output_size, which a chain does not take; give the layer output_padding instead"
     others = sharers(graph_module, name)
     if others:
         return f"it shares parameters with {', '.join(others)}; a chain for one of them would break the tie"
     return None
 
 
-def _is_small_depthwise(module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> bool:
+def _output_size(call: fx.Node) -> Any:
+    """What a transposed convolution is told its output's size is, None if nothing."""
+    return call.kwargs.get("output_size", call.args[1] if len(call.args) > 1 else None)
+
+
+def _is_small_depthwise(module: nn.modules.conv._ConvNd) -> bool:
     """Whether each group has one input channel, and no two directions of the kernel are worth separating."""
     large = [size for size in module.kernel_size if size >= DEPTHWISE_KERNEL]
     return module.groups == module.in_channels > 1 and len(large) < 2

@@ -24,6 +24,7 @@ from tdfx.passes.base import AnalysisPass, Layer, fork, layer_at, set_submodule
 from tdfx.passes.factorize import Replacement
 from tdfx.passes.shape_prop import interpret
 from tdfx.records.layer import Site
+from tdfx.transposed import ConvTranspose, convolution_weight, exchanged
 
 CHAIN_RTOL = 1e-9
 FULL_RANK_RTOL = 1e-8
@@ -57,10 +58,13 @@ def reconstructed_layer(layer: Layer, replacement: Replacement) -> Layer:
     """The dense layer, in float64, with the weight that the factors stand for, and a chain's bias if it has its own."""
     dense = copy.deepcopy(layer).double()
     chain = [cast(Layer, factor) for factor in replacement.chain]
-    factors = replacement.factors or [factor.weight.detach() for factor in chain]
+    factors = replacement.factors or [convolution_weight(factor) for factor in chain]
     rounded = [factor.to(layer.weight.dtype).double() for factor in factors]
     method = in_groups(registry()[replacement.method], getattr(layer, "groups", 1))
-    dense.weight = nn.Parameter(method.reconstruct(rounded))
+    weight = method.reconstruct(rounded)
+    if isinstance(layer, ConvTranspose):
+        weight = exchanged(weight, layer.groups)
+    dense.weight = nn.Parameter(weight)
     if chain[-1].bias is not None:
         dense.bias = nn.Parameter(chain[-1].bias.detach().double())
     return dense
@@ -107,7 +111,7 @@ class VerifyFullRank(AnalysisPass[dict[str, float]]):
 
     def _full_rank_chain(self, method: Decomposition, site: Site, layer: Layer) -> nn.Module:
         exact = Site.of(replace(site.layer, dtype="float64"))
-        factors = method.decompose(layer.weight.detach(), method.full_rank(exact), seed=self.seed)
+        factors = method.decompose(convolution_weight(layer), method.full_rank(exact), seed=self.seed)
         return method.build(exact, method.full_rank(exact), factors, layer.bias)
 
 

@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Layer = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
+from tdfx.transposed import ConvTranspose, stuffed
+
+Layer = nn.Linear | nn.modules.conv._ConvNd
 CHUNK_BYTES = 32_000_000
 
 
@@ -18,12 +20,12 @@ def im2col(value: Tensor, layer: Layer) -> Tensor:
 
     Args:
         value: the layer's input: (..., in) of a Linear, (N, in, *spatial) or (in, *spatial) of a convolution.
-        layer: a Linear or a convolution, of any groups, stride, padding, padding mode and dilation.
+        layer: a Linear or a convolution, transposed or not, of any groups, stride, padding, padding mode, dilation.
 
     Returns:
-        (positions, in * prod(kernel)), columns in the order of ``weight.flatten(1)``, of one group after
-        another, padding included; positions in the order of the output, sample by sample. It may share memory with
-        the input.
+        (positions, in * prod(kernel)), columns in the order of ``convolution_weight(layer).flatten(1)``, of one group
+        after another, padding included; positions in the order of the output, sample by sample. It may share memory
+        with the input.
     """
     return value.reshape(-1, value.shape[-1]) if isinstance(layer, nn.Linear) else _rows(_windows(value, layer), layer)
 
@@ -51,27 +53,33 @@ def output_rows(value: Tensor, layer: Layer) -> Tensor:
     return value.movedim(channels, 0).flatten(1).T
 
 
-def _windows(value: Tensor, layer: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> Tensor:
+def _windows(value: Tensor, layer: nn.modules.conv._ConvNd) -> Tensor:
     """(in, *kernel, N, *output spatial): a view of the padded input."""
     spatial = len(layer.kernel_size)
     value = value if value.dim() == spatial + 2 else value[None]
-    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    padding = _padding(layer)
-    value = F.pad(value, padding, mode) if any(padding) else value
-    for dim, (size, step, dilation) in enumerate(
-        zip(layer.kernel_size, layer.stride, layer.dilation, strict=True), start=2
-    ):
+    steps: tuple[int, ...] = layer.stride
+    if isinstance(layer, ConvTranspose):
+        value, steps = stuffed(value, layer), (1,) * spatial
+    else:
+        value = _padded(value, layer)
+    for dim, (size, step, dilation) in enumerate(zip(layer.kernel_size, steps, layer.dilation, strict=True), start=2):
         value = value.unfold(dim, dilation * (size - 1) + 1, step)[..., ::dilation]
     # (N, in, *output, *kernel); positions last, so that rows are copied in long runs.
     return value.permute(1, *range(2 + spatial, 2 + 2 * spatial), 0, *range(2, 2 + spatial))
 
 
-def _rows(windows: Tensor, layer: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> Tensor:
+def _padded(value: Tensor, layer: nn.modules.conv._ConvNd) -> Tensor:
+    padding = _padding(layer)
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    return F.pad(value, padding, mode) if any(padding) else value
+
+
+def _rows(windows: Tensor, layer: nn.modules.conv._ConvNd) -> Tensor:
     columns = layer.in_channels * math.prod(layer.kernel_size)
     return windows.reshape(columns, -1).T
 
 
-def _padding(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> list[int]:
+def _padding(layer: nn.modules.conv._ConvNd) -> list[int]:
     """As torch.nn.functional.pad takes it: last dimension first, before and after; "same" pads more after."""
     if not isinstance(layer.padding, str):
         return [side for size in reversed(layer.padding) for side in (size, size)]

@@ -82,7 +82,7 @@ class Target:
 
     def is_blocked(self, workload: Workload) -> bool:
         """Whether the runtime computes this operator in its blocked layout."""
-        if not workload.conv or workload.itemsize != 4:
+        if not workload.conv or workload.scattered or workload.itemsize != 4:
             return False
         if _is_depthwise(workload):
             return workload.out_channels % self.alignment == 0
@@ -107,7 +107,9 @@ class Target:
         groups = self.group_s * workload.groups if workload.groups > 1 else 0.0
         if _is_depthwise(workload):
             return groups + self.plain_depthwise_mac_s * workload.macs
-        unfolded = workload.positions * workload.in_channels * workload.kernel if workload.kernel > 1 else 0
+        # Of a transposed convolution it is the products that are folded, into the output.
+        channels = workload.out_channels if workload.scattered else workload.in_channels
+        unfolded = workload.positions * channels * workload.kernel if workload.kernel > 1 else 0
         return (
             groups
             + self.matrix_mac_s * workload.macs
@@ -119,7 +121,7 @@ class Target:
         """Bytes reordered because a neighbour wants the other layout; the producer of a tensor pays for it."""
         if not workload.conv:
             return 0
-        outputs = workload.positions * workload.out_channels if blocked != self._suits(workload.out_channels) else 0
+        outputs = workload.outputs if blocked != self._suits(workload.out_channels) else 0
         # A grouped convolution can be plain although its producer, seeing the channels, takes it for blocked.
         inputs = workload.inputs if not blocked and self._suits(workload.in_channels) else 0
         return workload.itemsize * (outputs + inputs)
@@ -134,7 +136,7 @@ def _is_depthwise(workload: Workload) -> bool:
 
 
 def _output_bytes(workload: Workload) -> int:
-    return workload.itemsize * workload.positions * workload.out_channels
+    return workload.itemsize * workload.outputs
 
 
 def _round_up(channels: int, grid: int) -> int:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -13,6 +16,9 @@ LAYERS: dict[str, type[nn.Module]] = {
     "conv1d": nn.Conv1d,
     "conv2d": nn.Conv2d,
     "conv3d": nn.Conv3d,
+    "conv_transpose1d": nn.ConvTranspose1d,
+    "conv_transpose2d": nn.ConvTranspose2d,
+    "conv_transpose3d": nn.ConvTranspose3d,
 }
 
 
@@ -37,10 +43,23 @@ def dense_layer(site: Site, weight: Tensor) -> nn.Module:
         "groups": spec.groups,
         "padding_mode": spec.padding_mode,
     }  # fmt: skip
+    if spec.is_transposed:
+        options["output_padding"] = spec.output_padding
+        weight = reversed_kernels(weight, spec.groups)
     layer = LAYERS[spec.kind](spec.in_channels, spec.out_channels, bias=spec.bias, dtype=torch.float64, **options)
     bias = bias_of(site)
     layer.load_state_dict({"weight": weight} | ({} if bias is None else {"bias": bias.double()}))
     return layer
+
+
+def reversed_kernels(weight: Tensor, groups: int) -> Tensor:
+    """Group by group and kernel by kernel: inputs and outputs exchanged, the kernel's elements in reverse order."""
+    outputs, inputs, *kernel = len(weight) // groups, *weight.shape[1:]
+    found = torch.empty(groups * inputs, outputs, *kernel, dtype=weight.dtype)
+    for group, o, i in itertools.product(range(groups), range(outputs), range(inputs)):
+        elements = weight[group * outputs + o, i].flatten().tolist()[::-1]
+        found[group * inputs + i, o] = torch.tensor(elements, dtype=weight.dtype).reshape(kernel)
+    return found
 
 
 def inputs(spec: LayerSpec) -> list[Tensor]:
@@ -50,4 +69,12 @@ def inputs(spec: LayerSpec) -> list[Tensor]:
 
 
 def factors_of(chain: nn.Sequential) -> Factors:
-    return tuple(layer.weight.detach().double() for layer in chain)  # type: ignore[operator]
+    """The factors that the layers of a chain hold."""
+    return tuple(_factor(layer).double() for layer in chain)
+
+
+def _factor(layer: Any) -> Tensor:
+    weight: Tensor = layer.weight.detach()
+    if not isinstance(layer, nn.modules.conv._ConvTransposeNd):
+        return weight
+    return reversed_kernels(weight, layer.groups)

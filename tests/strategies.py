@@ -56,8 +56,47 @@ def short_als() -> Iterator[None]:
         yield
 
 
+def layers() -> st.SearchStrategy[LayerSpec]:
+    """A layer of any kind, one in four a transposed convolution."""
+    return st.integers(0, 3).flatmap(lambda kind: transposed_convolutions() if kind == 3 else others())
+
+
 @st.composite
-def layers(draw: st.DrawFn) -> LayerSpec:
+def transposed_convolutions(draw: st.DrawFn) -> LayerSpec:
+    """A transposed convolution, a third of these in groups, with one or two calls that torch accepts."""
+    dims = draw(st.sampled_from((2, 2, 1, 3)))
+    kernel, stride, dilation = (draw(along(dims, most)) for most in (5, 4, 3 if dims < 3 else 2))
+    padding = draw(along(dims, 6, least=0))
+    more = tuple(draw(st.integers(0, max(s, d) - 1)) for s, d in zip(stride, dilation, strict=True))
+    most = min(40, max(1, math.isqrt(MOST_WEIGHTS[dims] // math.prod(kernel))))
+    groups = draw(st.sampled_from((1, 1, 1, 1, 2, 3)))
+    inputs, outputs = (groups * draw(channels(max(1, most // groups))) for _ in range(2))
+    # The least sizes of which something is left: (size - 1) s - 2 p + d (k - 1) + 1 + more is 1 or more.
+    options = zip(kernel, stride, dilation, padding, more, strict=True)
+    least = tuple(max(1, 1 - (d * (k - 1) + o - 2 * p) // s) for k, s, d, p, o in options)
+    shapes = []
+    for _ in range(draw(st.integers(1, 2))):
+        lead = draw(st.sampled_from(((1,), (2,), (3,), ())))
+        sizes = (size + draw(st.integers(0, 3 if dims < 3 else 1)) for size in least)
+        shapes.append((*lead, inputs, *sizes))
+    return LayerSpec(
+        "layer",
+        f"conv_transpose{dims}d",  # type: ignore[arg-type]
+        inputs,
+        outputs,
+        kernel,
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        groups=groups,
+        bias=draw(st.booleans()),
+        dtype=draw(st.sampled_from(tuple(ITEMSIZE))),
+        output_padding=more,
+    ).called_on(tuple(shapes))
+
+
+@st.composite
+def others(draw: st.DrawFn) -> LayerSpec:
     """A linear layer or convolution, a third of these in groups, with one or two calls that torch accepts."""
     dims = draw(st.sampled_from((2, 2, 1, 3, 0)))
     bias, dtype = draw(st.booleans()), draw(st.sampled_from(tuple(ITEMSIZE)))

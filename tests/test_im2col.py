@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from layers import reversed_kernels
 from torch import Tensor, nn
 
 from tdfx.im2col import chunks, im2col, output_rows
@@ -30,6 +31,11 @@ LAYERS = {
     "conv2d unbatched": (nn.Conv2d(3, 5, 3, padding=1), (3, 8, 9)),
     "conv2d unbatched circular": (nn.Conv2d(3, 5, 3, padding=1, padding_mode="circular"), (3, 8, 9)),
     "conv3d": (nn.Conv3d(2, 3, (2, 3, 1), (1, 2, 2), (1, 2, 0), (2, 1, 1)), (2, 2, 6, 7, 5)),
+    "transposed 1d": (nn.ConvTranspose1d(3, 5, 3, 3, 1, 2, dilation=2), (2, 3, 5)),
+    "transposed 2d": (nn.ConvTranspose2d(3, 5, 4, 2, 1), (2, 3, 4, 3)),
+    "transposed 2d cropped": (nn.ConvTranspose2d(3, 5, (2, 3), (3, 2), (2, 3), (1, 0)), (2, 3, 4, 5)),
+    "transposed 2d unbatched": (nn.ConvTranspose2d(3, 5, 2, 2), (3, 4, 3)),
+    "transposed 3d": (nn.ConvTranspose3d(2, 3, (2, 3, 1), (2, 1, 2), (0, 1, 0), (1, 0, 1)), (2, 2, 3, 4, 2)),
     "conv3d replicate": (nn.Conv3d(2, 3, 3, padding=(1, 0, 2), padding_mode="replicate"), (2, 2, 5, 4, 5)),
 }
 
@@ -46,7 +52,10 @@ def test_rows_times_weight_are_the_layers_output(name: str) -> None:
     layer, value = case(name)
     rows = im2col(value, layer)
     expected = layer(value).detach()
-    found = rows @ layer.weight.detach().flatten(1).T + layer.bias.detach()
+    weight = layer.weight.detach()
+    if isinstance(layer, nn.modules.conv._ConvTransposeNd):
+        weight = reversed_kernels(weight, 1)
+    found = rows @ weight.flatten(1).T + layer.bias.detach()
     torch.testing.assert_close(found, output_rows(expected, layer), rtol=1e-12, atol=1e-12)
 
 

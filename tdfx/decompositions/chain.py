@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from itertools import pairwise
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from tdfx.records.layer import LayerSpec, Shape
+from tdfx.records.layer import Kind, LayerSpec, Shape
+from tdfx.transposed import exchanged
 
 DIRECTIONS = ("frontal", "vertical", "horizontal")
-CONV = {"conv1d": nn.Conv1d, "conv2d": nn.Conv2d, "conv3d": nn.Conv3d}
+CONV: dict[str, type[nn.modules.conv._ConvNd]] = {
+    "conv1d": nn.Conv1d,
+    "conv2d": nn.Conv2d,
+    "conv3d": nn.Conv3d,
+    "conv_transpose1d": nn.ConvTranspose1d,
+    "conv_transpose2d": nn.ConvTranspose2d,
+    "conv_transpose3d": nn.ConvTranspose3d,
+}
 
 
 def pointwise(layer: LayerSpec, name: str, in_channels: int, out_channels: int) -> LayerSpec:
@@ -32,7 +41,7 @@ def spatial(
 ) -> LayerSpec:
     """A layer that does the layer's kernel, stride, padding and dilation along ``dims`` (None = all) only."""
     kept = range(len(layer.kernel_size)) if dims is None else dims
-    return replace(
+    made = replace(
         layer,
         name=name,
         in_channels=in_channels,
@@ -44,7 +53,9 @@ def spatial(
         groups=groups,
         bias=False,
         calls=(),
+        output_padding=_along(layer.output_padding, kept, 0),
     )
+    return _as_convolution(made) if made.is_transposed and _is_pointwise(made) else made
 
 
 def along_each(layer: LayerSpec, channels: Sequence[int], *, groups: int = 1) -> tuple[LayerSpec, ...]:
@@ -68,7 +79,7 @@ def link(layer: LayerSpec, factors: Sequence[LayerSpec]) -> tuple[LayerSpec, ...
 
 
 def build_layer(spec: LayerSpec, weight: Tensor, bias: Tensor | None) -> nn.Module:
-    """A torch layer of this specification, in its dtype, on the weight's device."""
+    """A torch layer of this specification, in its dtype, on the weight's device, for a weight of ``weight_shape``."""
     dtype = cast(torch.dtype, getattr(torch, spec.dtype))
     if weight.shape != spec.weight_shape:
         raise ValueError(f"{spec.name}: weight has shape {tuple(weight.shape)}, its specification {spec.weight_shape}")
@@ -76,23 +87,37 @@ def build_layer(spec: LayerSpec, weight: Tensor, bias: Tensor | None) -> nn.Modu
     if spec.kind == "linear":
         layer = nn.Linear(spec.in_channels, spec.out_channels, bias is not None, device="meta", dtype=dtype)
     else:
-        layer = CONV[spec.kind](
+        options: dict[str, Any] = {"output_padding": spec.output_padding} if spec.is_transposed else {}
+        layer = cast(Any, CONV[spec.kind])(
             spec.in_channels,
             spec.out_channels,
-            spec.kernel_size,  # type: ignore[arg-type]
-            spec.stride,  # type: ignore[arg-type]
-            spec.padding,  # type: ignore[arg-type]
-            spec.dilation,  # type: ignore[arg-type]
-            spec.groups,
-            bias is not None,
-            spec.padding_mode,  # type: ignore[arg-type]
+            spec.kernel_size,
+            stride=spec.stride,
+            padding=spec.padding,
+            dilation=spec.dilation,
+            groups=spec.groups,
+            bias=bias is not None,
+            padding_mode=spec.padding_mode,
             device="meta",
             dtype=dtype,
+            **options,
         )
-    layer.weight = nn.Parameter(weight.to(dtype).contiguous())
+    held = exchanged(weight, spec.groups) if spec.is_transposed else weight
+    layer.weight = nn.Parameter(held.to(dtype).contiguous())
     if bias is not None:
         layer.bias = nn.Parameter(bias.detach().to(dtype).clone())
     return layer
+
+
+def _is_pointwise(layer: LayerSpec) -> bool:
+    """Whether a layer computes each position by itself and neither adds nor drops any."""
+    padding = () if isinstance(layer.padding, str) else layer.padding
+    return math.prod((*layer.kernel_size, *layer.stride)) == 1 and not any((*padding, *layer.output_padding))
+
+
+def _as_convolution(layer: LayerSpec) -> LayerSpec:
+    """The convolution that a transposed one of a single position is; runtimes have faster kernels for it."""
+    return replace(layer, kind=cast(Kind, layer.kind.replace("_transpose", "")), output_padding=())
 
 
 def _along(values: Shape, dims: Collection[int], other: int) -> Shape:

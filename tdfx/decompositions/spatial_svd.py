@@ -29,7 +29,7 @@ class SpatialSVD(Decomposition):
     source = "Jaderberg et al. 2014, sec. 2.2"
 
     def unsupported(self, site: Site) -> str | None:
-        if site.kind != "conv2d" or min(site.layer.kernel_size) == 1:
+        if len(site.layer.kernel_size) != 2 or min(site.layer.kernel_size) == 1:
             return "spatial_svd takes 2-d convolutions with a kernel larger than 1 in both directions"
         return None
 

@@ -129,14 +129,16 @@ class _Builder:
             amounts = self.integers([*lead, *pads[:half], *lead, *pads[half:]])
             mode = {"reflect": "reflect", "replicate": "edge", "circular": "wrap"}[layer.padding_mode]
             value, pads = self.node("Pad", [value, amounts], mode=mode), [0] * len(pads)
+        more = {"output_padding": layer.output_padding} if layer.is_transposed else {}
         return self.node(
-            "Conv",
-            [value, self.constant(layer.weight_shape), *self.bias(layer)],
+            "ConvTranspose" if layer.is_transposed else "Conv",
+            [value, self.constant(layer.parameter_shape), *self.bias(layer)],
             kernel_shape=layer.kernel_size,
             strides=layer.stride,
             dilations=layer.dilation,
             pads=pads,
             group=layer.groups,
+            **more,
         )
 
 

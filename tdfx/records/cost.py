@@ -11,14 +11,16 @@ class Workload:
     """One convolution or matrix product, as the cost and latency models see it.
 
     Attributes:
-        positions: output positions (batch x spatial, or rows of a matrix product).
+        positions: output positions (batch x spatial, or rows of a matrix product); of a transposed convolution, which
+            places its kernel at every element of its input, input positions.
         in_channels: length of the contracted dimension, all groups together, without the kernel.
         out_channels: output channels, all groups together.
         kernel: product of the kernel's extents (1 for matrix products).
         groups: number of groups; equals in_channels for a depthwise convolution.
         inputs: number of elements read from the input.
         itemsize: bytes per element.
-        conv: whether the operator is a 2-d convolution; only these have kernels for blocked layouts.
+        conv: whether the operator is a 2-d convolution, transposed or not.
+        scattered: elements of the output of a transposed convolution; 0 for other operators.
     """
 
     positions: int
@@ -29,11 +31,17 @@ class Workload:
     inputs: int = 0
     itemsize: int = 4
     conv: bool = False
+    scattered: int = 0
 
     @property
     def macs(self) -> int:
         """Multiply-accumulate operations."""
         return self.positions * self.out_channels * (self.in_channels // self.groups) * self.kernel
+
+    @property
+    def outputs(self) -> int:
+        """Elements of the output."""
+        return self.scattered or self.positions * self.out_channels
 
     @property
     def weight_elements(self) -> int:

@@ -10,7 +10,9 @@ from tdfx.records.cost import Workload
 
 Shape = tuple[int, ...]
 Rank = tuple[int, ...]
-Kind = Literal["linear", "conv1d", "conv2d", "conv3d"]
+Kind = Literal[
+    "linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"
+]  # fmt: skip
 Fused = Literal["", "relu", "add", "add_relu"]
 """What a runtime computes in one operator with the layer before it: adding a tensor of its output's shape, a ReLU."""
 
@@ -31,7 +33,7 @@ class LayerSpec:
 
     Attributes:
         name: qualified name in the model, e.g. ``layer1.0.conv1``.
-        kind: "linear", "conv1d", "conv2d" or "conv3d".
+        kind: "linear", "conv1d" to "conv3d", or "conv_transpose1d" to "conv_transpose3d".
         in_channels: input channels or features.
         out_channels: output channels or features.
         kernel_size: one entry per spatial dimension; empty for linear, as are stride, dilation.
@@ -43,6 +45,7 @@ class LayerSpec:
         bias: whether the layer adds a bias.
         dtype: name of the weight's dtype, e.g. "float32".
         calls: shapes of every call in one run on the example inputs.
+        output_padding: of a transposed convolution, as in torch; empty for others.
     """
 
     name: str
@@ -58,11 +61,24 @@ class LayerSpec:
     bias: bool = False
     dtype: str = "float32"
     calls: tuple[Call, ...] = ()
+    output_padding: Shape = ()
+
+    @property
+    def is_transposed(self) -> bool:
+        """Whether it is a transposed convolution."""
+        return self.kind.startswith("conv_transpose")
 
     @property
     def weight_shape(self) -> Shape:
-        """(out, in / groups, *kernel)."""
+        """(out, in / groups, *kernel); of a transposed convolution the shape that ``exchanged`` gives its weight."""
         return (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
+
+    @property
+    def parameter_shape(self) -> Shape:
+        """Of the weight as torch and ONNX hold it: (in, out / groups, *kernel) of a transposed convolution."""
+        if not self.is_transposed:
+            return self.weight_shape
+        return (self.in_channels, self.out_channels // self.groups, *self.kernel_size)
 
     @property
     def params(self) -> int:
@@ -79,17 +95,24 @@ class LayerSpec:
         """One per call."""
         return tuple(
             Workload(
-                positions=math.prod(call.output_shape) // self.out_channels,
+                positions=self._positions(call),
                 in_channels=self.in_channels,
                 out_channels=self.out_channels,
                 kernel=math.prod(self.kernel_size),
                 groups=self.groups,
                 inputs=math.prod(call.input_shape),
                 itemsize=ITEMSIZE[self.dtype],
-                conv=self.kind == "conv2d",
+                conv=self.kind in ("conv2d", "conv_transpose2d"),
+                scattered=math.prod(call.output_shape) if self.is_transposed else 0,
             )
             for call in self.calls
         )
+
+    def _positions(self, call: Call) -> int:
+        """How often the kernel is placed: at every output position, or at every input position where transposed."""
+        if self.is_transposed:
+            return math.prod(call.input_shape) // self.in_channels
+        return math.prod(call.output_shape) // self.out_channels
 
     @property
     def macs(self) -> int:
@@ -101,7 +124,7 @@ class LayerSpec:
         return replace(self, calls=tuple(Call(shape, self.output_shape(shape)) for shape in shapes))
 
     def output_shape(self, input_shape: Shape) -> Shape:
-        """Output shape for an input shape (torch.nn.Conv2d's formula; batched or unbatched)."""
+        """Output shape for an input shape (formulas of torch.nn.Conv2d, ConvTranspose2d; batched or unbatched)."""
         if self.kind == "linear":
             return (*input_shape[:-1], self.out_channels)
         dims = len(self.kernel_size)
@@ -109,10 +132,11 @@ class LayerSpec:
         if self.padding == "same":
             return (*lead, self.out_channels, *spatial)
         padding = (0,) * dims if isinstance(self.padding, str) else self.padding
-        sizes = (
-            (size + 2 * p - d * (k - 1) - 1) // s + 1
-            for size, p, d, k, s in zip(spatial, padding, self.dilation, self.kernel_size, self.stride, strict=True)
-        )
+        options = zip(spatial, padding, self.dilation, self.kernel_size, self.stride, strict=True)
+        if self.is_transposed:
+            sizes = ((size - 1) * s - 2 * p + d * (k - 1) + 1 for size, p, d, k, s in options)
+            return (*lead, self.out_channels, *map(sum, zip(sizes, self.output_padding, strict=True)))
+        sizes = ((size + 2 * p - d * (k - 1) - 1) // s + 1 for size, p, d, k, s in options)
         return (*lead, self.out_channels, *sizes)
 
 

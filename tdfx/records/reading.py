@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 from tdfx.errors import PlanError, TdfxError
 
 T = TypeVar("T")
-MAY_BE_MISSING = ("notes", "caveat", "measured", "quantization")
+MAY_BE_MISSING = ("notes", "caveat", "measured", "quantization", "output_padding")
 """What a person who writes a plan may leave out, and what is seldom there."""
 
 

@@ -41,6 +41,7 @@ from tdfx.scoring import Scoring, scoring_of, scoring_of_stored
 from tdfx.stages.capture import RTOL, Model, capture
 from tdfx.stages.profile import cost_before, rest_cost
 from tdfx.targets import Target, find_target, layer_cost
+from tdfx.transposed import exchanged
 from tdfx.version import VERSION
 
 VERIFY = ("plan", "full")
@@ -284,14 +285,15 @@ def _stored_factors(chain: Sequence[Any], prefix: str, factors: Mapping[str, Ten
     for spec in chain:
         name = f"{prefix}.{spec.name}.weight"
         tensor = factors.get(name)
-        if not isinstance(tensor, Tensor) or tuple(tensor.shape) != spec.weight_shape:
+        if not isinstance(tensor, Tensor) or tuple(tensor.shape) != spec.parameter_shape:
             found = f"shape {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else "no such tensor"
             raise PlanError(
-                f"factors: {name}: found {found}, expected shape {spec.weight_shape}; are they of this plan?"
+                f"factors: {name}: found {found}, expected shape {spec.parameter_shape}; are they of this plan?"
             )
         if not bool(torch.isfinite(tensor).all()):
             raise PlanError(f"factors: {name} holds NaN or Inf; load them anew")
-        stored.append(tensor.detach().clone())  # the result must not share memory with where they come from
+        own = tensor.detach().clone()  # the result must not share memory with where they come from
+        stored.append(exchanged(own, spec.groups) if spec.is_transposed else own)
     return tuple(stored)
 
 

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -62,6 +63,17 @@ def conv(
     ).called_on(shapes or ((2, inputs, *(9, 7, 5)[:dims]),))
 
 
+def transposed(
+    name: str, inputs: int, outputs: int, kernel: Shape, *shapes: Shape, output_padding: int | Shape = 0, **options: Any
+) -> LayerSpec:
+    """As ``conv``, for inputs of a size of 4 x 3 x 5, or of as many of these as there are directions."""
+    dims = len(kernel)
+    forward = conv(name, inputs, outputs, kernel, (1, inputs, *[99] * dims), **options)
+    more = (output_padding,) * dims if isinstance(output_padding, int) else output_padding
+    layer = replace(forward, kind=f"conv_transpose{dims}d", output_padding=more)
+    return layer.called_on(shapes or ((2, inputs, *(4, 3, 5)[:dims]),))
+
+
 SPECS = (
     linear("linear-2d", 20, 12, (5, 20)),
     linear("linear-3d-wider", 10, 24, (2, 7, 10), bias=False),
@@ -108,6 +120,23 @@ SPECS = (
     conv("depthwise-5x5", 6, 6, (5, 5), stride=2, padding=2, groups=6),
     conv("depthwise-5x7-circular-dilated", 4, 4, (5, 7), padding=6, dilation=2, padding_mode="circular", groups=4),
     conv("depthwise-7x7-multiplied", 4, 12, (7, 7), padding="same", padding_mode="reflect", groups=4, bias=False),
+    transposed("transposed-4x4-stride2", 12, 8, (4, 4), stride=2, padding=1),
+    transposed("transposed-2x2-stride2-no-bias", 12, 10, (2, 2), stride=2, bias=False, dtype="float32"),
+    transposed(
+        "transposed-3x3-twice", 8, 10, (3, 3), (2, 8, 3, 4), (1, 8, 5, 2), stride=2, padding=1, output_padding=1
+    ),
+    transposed("transposed-3x5-uneven", 8, 6, (3, 5), stride=(3, 1), padding=(0, 2), output_padding=(2, 0)),
+    transposed("transposed-2x3-gaps-crop", 10, 8, (2, 3), stride=(4, 2), padding=(2, 3), output_padding=(3, 1)),
+    transposed("transposed-3x3-dilated", 8, 8, (3, 3), stride=2, padding=2, dilation=3, output_padding=2, bias=False),
+    transposed("transposed-3x3-unbatched", 8, 12, (3, 3), (8, 4, 3), stride=2, dtype="bfloat16"),
+    transposed("transposed-1x4", 12, 8, (1, 4), stride=(1, 2), padding=(0, 1)),
+    transposed("transposed-1x1", 12, 16, (1, 1)),
+    transposed("transposed-1x1-spread", 16, 12, (1, 1), stride=2, output_padding=1),
+    transposed("transposed-1d", 12, 10, (4,), stride=2, padding=1, dtype="float32"),
+    transposed("transposed-3d", 8, 6, (2, 3, 2), stride=(2, 1, 2), padding=(0, 1, 1), output_padding=(1, 0, 1)),
+    transposed("transposed-grouped", 12, 18, (3, 3), stride=2, padding=1, output_padding=(1, 0), groups=3),
+    transposed("transposed-grouped-1d", 12, 16, (5,), stride=3, padding=4, dilation=2, groups=2),
+    transposed("transposed-depthwise", 6, 6, (5, 5), stride=2, padding=2, output_padding=1, groups=6),
 )
 METHODS = tuple(registry().values())
 SITES = [Site.of(spec) for spec in SPECS]
@@ -115,7 +144,7 @@ PLACES = [(in_groups(method, site.layer.groups), site) for method in METHODS for
 PAIRS = [(method, site) for method, site in PLACES if method.unsupported(site) is None]
 SIMPLE = (
     "linear-2d", "linear-3d-wider", "1x1", "3x3", "3x3-narrower-no-bias", "2x2-even", "1x3", "conv1d", "conv3d",
-    "grouped-3x3", "depthwise-5x5",
+    "grouped-3x3", "depthwise-5x5", "transposed-4x4-stride2",
 )  # fmt: skip
 
 

@@ -17,6 +17,9 @@ from tdfx.latency.micro_model import WEIGHT, Piece
 from tdfx.records.layer import Call, Fused, LayerSpec, Site
 
 CONV = LayerSpec("conv", "conv2d", 6, 8, (3, 3), (1, 1), (1, 1), dilation=(1, 1), bias=True).called_on(((2, 6, 9, 7),))
+UP = replace(
+    CONV, kind="conv_transpose2d", kernel_size=(3, 4), stride=(3, 2), padding=(2, 1), output_padding=(2, 0)
+).called_on(((2, 6, 5, 4),))
 LINEAR = LayerSpec("linear", "linear", 6, 8, bias=True)
 
 LAYERS = {
@@ -34,6 +37,14 @@ LAYERS = {
     "conv3d": LayerSpec("c", "conv3d", 6, 8, (3, 1, 2), (1, 2, 1), (1, 0, 0), dilation=(1, 1, 1)).called_on(
         ((2, 6, 5, 4, 3),)
     ),
+    "transposed": UP,
+    "transposed in groups": replace(UP, groups=2, dilation=(2, 1), bias=False).called_on(((2, 6, 5, 4),)),
+    "transposed 1d": LayerSpec(
+        "t", "conv_transpose1d", 6, 8, (4,), (2,), (1,), dilation=(1,), output_padding=(0,)
+    ).called_on(((2, 6, 5),)),
+    "transposed 3d": LayerSpec(
+        "t", "conv_transpose3d", 6, 8, (2, 3, 1), (2, 1, 2), (0, 1, 0), dilation=(1, 1, 1), output_padding=(0, 0, 1)
+    ).called_on(((2, 6, 3, 4, 2),)),
     "no bias": replace(CONV, bias=False),
     "rows without bias": replace(LINEAR, bias=False).called_on(((4, 6),)),
     "sequence without bias": replace(LINEAR, bias=False).called_on(((2, 5, 6),)),
@@ -92,6 +103,14 @@ def test_it_computes_every_chain_in_groups(name: str) -> None:
     method = method_for(site, name)
     chain = method.chain(site, method.clamp(site, (2,) * len(method.full_rank(site))))
     assert all(layer.groups % 2 == 0 for layer in chain)
+    (x,), found = run(Piece(chain, 0, ""))
+    torch.testing.assert_close(found, reference(chain, torch.from_numpy(x)), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["channel_svd", "spatial_svd", "tucker2", "tt", "cp", "cp4"])
+def test_it_computes_every_transposed_chain(name: str) -> None:
+    site = Site.of(UP)
+    chain = registry()[name].chain(site, registry()[name].clamp(site, (2,) * len(registry()[name].full_rank(site))))
     (x,), found = run(Piece(chain, 0, ""))
     torch.testing.assert_close(found, reference(chain, torch.from_numpy(x)), rtol=1e-4, atol=1e-6)
 

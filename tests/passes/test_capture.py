@@ -321,6 +321,11 @@ class OwnConvolution(nn.Conv2d):
         return F.conv2d(x, weight / 2, bias)
 
 
+class OwnOutputPadding(nn.ConvTranspose2d):
+    def _output_padding(self, input: Tensor, output_size: list[int] | None, *args: Any) -> list[int]:
+        return [0, 0]
+
+
 class OwnBatchNorm(nn.BatchNorm2d):
     """As written to change the defaults; its forward branches on the input's shape."""
 
@@ -340,7 +345,8 @@ class Chain(nn.Sequential):
         (OwnForward(3, 3, 3), False, False),
         (OwnConvolution(3, 3, 3), True, False),
         (OwnBatchNorm(3), True, False),
-        (nn.ConvTranspose2d(3, 3, 3), True, False),
+        (nn.ConvTranspose2d(3, 3, 3), True, True),
+        (OwnOutputPadding(3, 3, 3), True, False),
     ],
 )
 def test_a_layer_with_torchs_own_forward_is_a_leaf(layer: nn.Module, is_leaf: bool, is_stock: bool) -> None:

@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tdfx.errors import InputError
 from tdfx.passes.count import FORMULAS, count, network_cost
+from tdfx.passes.sites import layer_spec
 from tdfx.records.cost import Workload
 from tdfx.records.layer import Call, LayerSpec
 
@@ -90,9 +91,18 @@ def test_a_convolution_is_described_as_its_layer_describes_itself() -> None:
     assert count(module, (torch.randn(2, 6, 9, 9).double(),), {}) == spec.workloads
 
 
+def test_a_transposed_convolution_is_described_as_its_layer_describes_itself() -> None:
+    module = nn.ConvTranspose2d(6, 4, (3, 1), 2, output_padding=1, groups=2)
+    spec = layer_spec("", module, ()).called_on(((2, 6, 5, 4),))
+    assert count(module, (torch.randn(2, 6, 5, 4),), {}) == spec.workloads
+
+
 def test_a_transposed_convolution_multiplies_once_per_input_position() -> None:
     (workload,) = count(nn.ConvTranspose2d(4, 6, (3, 2), groups=2), (torch.randn(2, 4, 5, 7),), {})
-    assert workload == Workload(2 * 5 * 7, 4, 6, kernel=6, groups=2, inputs=2 * 4 * 5 * 7, itemsize=4)
+    assert workload == Workload(
+        2 * 5 * 7, 4, 6, kernel=6, groups=2, inputs=2 * 4 * 5 * 7, itemsize=4, conv=True, scattered=2 * 6 * 7 * 8
+    )
+    assert workload.outputs == 2 * 6 * 7 * 8
     assert workload.macs == 2 * 5 * 7 * 4 * (6 // 2) * (3 * 2)
 
 

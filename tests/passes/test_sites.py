@@ -44,7 +44,7 @@ def observed(module: fx.GraphModule, args: tuple[Tensor, ...]) -> dict[str, list
             )
         )
         for name, part in module.named_modules()
-        if isinstance(part, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)
+        if isinstance(part, nn.Linear | nn.modules.conv._ConvNd)
     ]
     with torch.no_grad():
         module(*args)
@@ -65,13 +65,14 @@ def test_specifications_are_those_of_the_layers_that_run(name: str) -> None:
     )
     for site in sites:
         layer, spec = module.get_submodule(site.name), site.layer
-        assert (site.kind, spec.kind, spec.name) == (spec.kind, type(layer).__name__.lower(), site.name)
+        kind = type(layer).__name__.lower().replace("transpose", "_transpose")
+        assert (site.kind, spec.kind, spec.name) == (spec.kind, kind, site.name)
         assert list(spec.calls) == calls[site.name]
         assert spec.called_on(tuple(call.input_shape for call in spec.calls)) == spec
         assert spec.params == sum(parameter.numel() for parameter in layer.parameters())
         assert spec.weight_bytes == sum(parameter.nbytes for parameter in layer.parameters())
-        positions = sum(math.prod(call.output_shape) for call in spec.calls)
-        assert spec.macs == positions * layer.get_parameter("weight")[0].numel()
+        shapes = (call.input_shape if spec.is_transposed else call.output_shape for call in spec.calls)
+        assert spec.macs == sum(map(math.prod, shapes)) * layer.get_parameter("weight")[0].numel()
 
 
 @pytest.mark.parametrize("name", sorted(NETWORKS))
@@ -108,6 +109,18 @@ def test_options_of_a_convolution() -> None:
         dtype="float64",
     )
     assert layer_spec("x", nn.Conv1d(4, 6, 3, padding="same", groups=2), ()).padding == "same"
+
+
+def test_options_of_a_transposed_convolution() -> None:
+    layer = nn.ConvTranspose2d(4, 6, (3, 5), (2, 3), (1, 2), (1, 2), 2, dilation=(1, 2))
+    spec = layer_spec("up", layer, ())
+    assert spec == LayerSpec(
+        "up", "conv_transpose2d", 4, 6, (3, 5), (2, 3), (1, 2), dilation=(1, 2), groups=2, bias=True,
+        output_padding=(1, 2),
+    )  # fmt: skip
+    assert spec.parameter_shape == layer.weight.shape
+    x = torch.randn(2, 4, 5, 3)
+    assert spec.output_shape(tuple(x.shape)) == layer(x).shape
     assert layer_spec("x", nn.Conv1d(4, 6, 3, groups=2), ()).groups == 2
     assert layer_spec("x", nn.Conv3d(4, 6, 3), ()).padding == (0, 0, 0)
 
@@ -162,6 +175,11 @@ class OwnConvolution(nn.Conv1d):
         return F.conv1d(x, weight / 2, bias)
 
 
+class OwnPadding(nn.ConvTranspose1d):
+    def _output_padding(self, input: Tensor, output_size: list[int] | None, *args: Any) -> list[int]:
+        return [0]
+
+
 def integer_linear() -> nn.Module:
     layer = nn.Linear(3, 5, bias=False)
     layer.weight = nn.Parameter(torch.ones(5, 3, dtype=torch.long), requires_grad=False)
@@ -178,7 +196,22 @@ UNSUPPORTED: dict[str, tuple[Callable[[], nn.Module], Tensor, str]] = {
     "gru": (lambda: first(nn.GRU(6, 3)), X, "GRU layers are not compressed"),
     "embedding": (lambda: only(nn.Embedding(5, 3)), TOKENS, "Embedding layers are not compressed"),
     "attention": (attention, X, "MultiheadAttention layers are not compressed"),
-    "transposed": (lambda: only(nn.ConvTranspose1d(4, 3, 3)), X, "ConvTranspose1d layers are not compressed"),
+    "transposed of its own": (lambda: only(OwnPadding(4, 3, 3)), X, "OwnPadding has a forward of its own"),
+    "transposed to a size": (
+        lambda: Apply(lambda layer, x: layer(x, output_size=(13,)), nn.ConvTranspose1d(4, 3, 3, 2)),
+        X,
+        "it is called with output_size, which a chain does not take; give the layer output_padding instead",
+    ),
+    "transposed to another's size": (
+        lambda: Apply(lambda layer, x: layer(x, x.size()), nn.ConvTranspose1d(4, 3, 3, padding=1)),
+        X,
+        "it is called with output_size",
+    ),
+    "depthwise transposed": (
+        lambda: only(nn.ConvTranspose1d(4, 8, 7, 2, groups=4)),
+        X,
+        "a depthwise 7 convolution is cheap already",
+    ),
     "bilinear": (
         lambda: Apply(lambda layer, x: layer(x, x), nn.Bilinear(6, 6, 3)),
         X,
