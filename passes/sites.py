@@ -9,8 +9,10 @@ from torch import Tensor, fx, nn
 
 from tdfx.passes.base import AnalysisPass, Layer, layer_at
 from tdfx.passes.capture import has_stock_forward
+from tdfx.passes.recurrent import is_recurrent
 from tdfx.passes.shape_prop import TensorMeta
 from tdfx.passes.sharing import sharers
+from tdfx.passes.unpack_recurrent import obstacle
 from tdfx.records.layer import ITEMSIZE, Call, Kind, LayerSpec, Site, Skipped
 from tdfx.transposed import ConvTranspose
 
@@ -44,7 +46,7 @@ class FindSites(AnalysisPass[tuple[tuple[Site, ...], tuple[Skipped, ...]]]):
                 nodes.setdefault(node.target, []).append(node)
         sites, skipped = [], []
         for name, calls in nodes.items():
-            reason = _obstacle(graph_module, name, calls)
+            reason = _obstacle(graph_module, name, calls, self.metas)
             if reason is None:
                 sites.append(Site.of(self._layer(graph_module, name, calls)))
             else:
@@ -92,8 +94,12 @@ def has_weight_matrix(module: nn.Module) -> bool:
     return any(parameter.dim() >= 2 for parameter in module.parameters())
 
 
-def _obstacle(graph_module: fx.GraphModule, name: str, calls: list[fx.Node]) -> str | None:
+def _obstacle(
+    graph_module: fx.GraphModule, name: str, calls: list[fx.Node], metas: dict[str, TensorMeta]
+) -> str | None:
     module = layer_at(graph_module, name)
+    if is_recurrent(module):
+        return obstacle(graph_module, name, metas)
     if not has_stock_forward(module) and isinstance(module, tuple(KINDS)):
         return f"{type(module).__name__} has a forward of its own; use torch's layer there"
     if not has_stock_forward(module):

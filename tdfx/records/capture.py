@@ -16,7 +16,9 @@ class Capture:
 
     Attributes:
         original: copy of the model as given, in eval mode, without hooks and parametrizations.
-        module: the graph, with layers as ``call_module`` nodes under their original qualified names.
+        module: the graph, with layers as ``call_module`` nodes under their original qualified names, and the input
+            weights of recurrent layers as linear layers.
+        plain: the same graph with recurrent layers as they are.
         tier: how it was captured: "fx" by symbolic tracing, "export" by torch.export.
         args: positional example inputs.
         kwargs: keyword example inputs.
@@ -33,6 +35,7 @@ class Capture:
 
     original: nn.Module
     module: fx.GraphModule
+    plain: fx.GraphModule
     tier: str
     args: tuple[Tensor, ...]
     kwargs: dict[str, Tensor]

@@ -28,6 +28,7 @@ from tdfx.passes.count import network_cost
 from tdfx.passes.factorize import Factorize, Replacement
 from tdfx.passes.shape_prop import ShapeProp, bind
 from tdfx.passes.sites import FindSites
+from tdfx.passes.unpack_recurrent import PackRecurrent, UnpackRecurrent, packed_name, unpacked_state
 from tdfx.passes.verify import VerifyChains, VerifyFullRank, relative_difference, with_reconstructed_weights
 from tdfx.plan_check import check_fingerprints, check_moments, planned_sites
 from tdfx.records.candidate import Candidate
@@ -128,7 +129,8 @@ def carry_out(
 
     started = time.perf_counter()
     wanted = {c.site: replace(c, metric=metric) for c in plan.candidates}
-    solved = _solved_all(module, sites, tuple(wanted.values()), scoring, plan.seed, factors)
+    stored = unpacked_state(module, factors) if isinstance(factors, Mapping) else factors
+    solved = _solved_all(module, sites, tuple(wanted.values()), scoring, plan.seed, stored)
     outcome = None
     samples = moments.inputs if factors is None and plan.corrected and moments is not None and solved else None
     scarcity = None if moments is None else moments.scarcity()
@@ -140,9 +142,12 @@ def carry_out(
         except Unfit as error:
             notes += (f"the spread of outputs was not corrected: {error}",)
     replacements = {name: entry.replacement() for name, entry in solved.items()}
-    compressed = Factorize(replacements).run(module)
+    # Recurrent layers that no chain belongs to stay as they are.
+    dense = UnpackRecurrent(frozenset(map(packed_name, replacements)), plan.trainable).run(captured.plain)
+    factorized = Factorize(replacements).run(dense)
     if isinstance(factors, Mapping):
-        _load(compressed, factors)
+        _load(factorized, unpacked_state(factorized, factors))
+    compressed = PackRecurrent().run(factorized)
     candidates = [
         _carried_out(captured, sites[name], candidate, solved.get(name), scoring, target, given=factors is not None)
         for name, candidate in wanted.items()
@@ -153,7 +158,7 @@ def carry_out(
     verification: dict[str, Any] = {"capture": captured.max_rel_diff}
     if factors != EMPTY:
         verification["chains"] = VerifyChains(inputs, replacements).run(module)
-        verification["network"] = _verify_network(captured, compressed, replacements)
+        verification["network"] = _verify_network(captured, dense, compressed, replacements)
     if samples is not None and plan.trainable:
         try:
             compressed, outcome = correct_batch_norms(captured, compressed, samples, output)
@@ -189,7 +194,9 @@ def carry_out(
         notes=(*captured.notes, *plan.notes, *notes, *((EMPTY_NOTE,) if factors == EMPTY else ())),
         versions={"tdfx": VERSION, "torch": torch.__version__, "python": platform.python_version()},
     )
-    return Result(compressed, carried_out, carried_out.before, after, plan.skipped, report, copy.deepcopy(module))
+    return Result(
+        compressed, carried_out, carried_out.before, after, plan.skipped, report, copy.deepcopy(captured.plain)
+    )
 
 
 def _with_latencies(carried_out: Plan, plan: Plan) -> Plan:
@@ -252,7 +259,7 @@ def _solved(
     method, chained, layer = method_for(site, candidate.method), scoring.chained(site), layer_at(module, site.name)
     chain = method.chain(chained, candidate.rank)
     if isinstance(factors, Mapping):
-        found = _stored_factors(chain, f"{site.name}.{candidate.method}", factors)
+        found = _stored_factors(chain, site.name, candidate.method, factors)
     else:
         found = tuple(torch.full(spec.weight_shape, math.nan) for spec in chain)
     bias = layer.bias
@@ -280,11 +287,12 @@ def _carried_out(
     return replace(candidate, cost=cost, error=solved.error(site_weight(captured.module, site), scoring))
 
 
-def _stored_factors(chain: Sequence[Any], prefix: str, factors: Mapping[str, Tensor]) -> Factors:
+def _stored_factors(chain: Sequence[Any], site: str, method: str, factors: Mapping[str, Tensor]) -> Factors:
     stored = []
     for spec in chain:
-        name = f"{prefix}.{spec.name}.weight"
-        tensor = factors.get(name)
+        name = f"{site}.{method}.{spec.name}.weight"
+        inside = f"{site}.weight" if spec is chain[-1] else name  # of a recurrent layer
+        tensor = factors.get(name, factors.get(inside))
         if not isinstance(tensor, Tensor) or tuple(tensor.shape) != spec.parameter_shape:
             found = f"shape {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else "no such tensor"
             raise PlanError(
@@ -309,9 +317,11 @@ def _input_specs(captured: Capture) -> tuple[InputSpec, ...]:
     return tuple(InputSpec(name, tuple(value.shape), str(value.dtype).removeprefix("torch.")) for name, value in given)
 
 
-def _verify_network(captured: Capture, compressed: nn.Module, replacements: Mapping[str, Replacement]) -> float:
+def _verify_network(
+    captured: Capture, dense: fx.GraphModule, compressed: nn.Module, replacements: Mapping[str, Replacement]
+) -> float:
     """Largest relative output difference between the result and the graph with reconstructed weights."""
-    reference = with_reconstructed_weights(captured.module, replacements)
+    reference = with_reconstructed_weights(dense, replacements)
     worst = 0.0
     for wanted, found in zip(
         run(reference, captured.args, captured.kwargs), run(compressed, captured.args, captured.kwargs), strict=True

@@ -26,9 +26,11 @@ from tdfx.passes.fold_batch_norm import FoldBatchNorm, RemainingBatchNorms
 from tdfx.passes.layer_operators import parameter_read
 from tdfx.passes.lift_layers import LiftLayers
 from tdfx.passes.lift_modules import LiftModules
+from tdfx.passes.recurrent import is_recurrent
 from tdfx.passes.shape_prop import ShapeProp, bind
 from tdfx.passes.sites import has_weight_matrix
 from tdfx.passes.unpack_attention import unpack_attention
+from tdfx.passes.unpack_recurrent import UnpackableLayers, UnpackRecurrent
 from tdfx.passes.verify import relative_difference
 from tdfx.pt2 import load_program
 from tdfx.records.capture import Capture
@@ -92,12 +94,14 @@ def capture(
     else:
         tier, traced, tier_notes = "export", _lift(original, original), ()
     inputs = bind(traced, args, kwargs)
-    module = traced if trainable else normalize(traced, inputs)
+    plain = traced if trainable else normalize(traced, inputs)
+    module = _unpacked(plain, inputs, trainable)
     if trainable:
         notes = (*notes, *_train_notes(unpacked, module))
     return Capture(
         original=original,
         module=module,
+        plain=plain,
         tier=tier,
         args=args,
         kwargs=kwargs,
@@ -131,7 +135,7 @@ def _module(model: object) -> tuple[nn.Module, ExportedProgram | None]:
 
 def _isolated(model: nn.Module, *, keep_hooks: bool = False) -> tuple[nn.Module, tuple[str, ...]]:
     original, notes = isolate(model, keep_hooks=keep_hooks)
-    if not has_stock_forward(original):
+    if not has_stock_forward(original) and not is_recurrent(original):
         return original, notes
     # A graph is of what happens inside its root, so a single layer needs a root of its own.
     return nn.Sequential(OrderedDict(layer=original)).eval(), notes
@@ -141,6 +145,14 @@ def normalize(graph_module: fx.GraphModule, inputs: tuple[Tensor, ...]) -> fx.Gr
     """Eval-mode clean-up that changes no numbers but by rounding."""
     dropped = DropInactive().run(graph_module)
     return FoldBatchNorm(ShapeProp(inputs).run(dropped)).run(dropped)
+
+
+def _unpacked(plain: fx.GraphModule, inputs: tuple[Tensor, ...], trainable: bool) -> fx.GraphModule:
+    """The graph with the input weights of its recurrent layers as linear layers."""
+    if not any(is_recurrent(module) for module in plain.modules()):
+        return plain
+    names = UnpackableLayers(ShapeProp(inputs).run(plain)).run(plain)
+    return UnpackRecurrent(names, trainable).run(plain)
 
 
 def _trace(

@@ -103,7 +103,7 @@ def original_file(captured: Capture) -> Iterator[Path]:
     """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / NETWORK
-        export_onnx(captured.module, path, captured.args, captured.kwargs, dynamic=None)
+        export_onnx(captured.plain, path, captured.args, captured.kwargs, dynamic=None)
         yield path
 
 
@@ -166,7 +166,7 @@ def _write_kit(captured: Capture, kit: Kit, folder: Path) -> None:
     (folder / "models").mkdir(parents=True)
     for key, piece in kit.pieces.items():
         (folder / "models" / f"{key}.onnx").write_bytes(piece.model())
-    export_onnx(captured.module, folder / NETWORK, captured.args, captured.kwargs, dynamic=None)
+    export_onnx(captured.plain, folder / NETWORK, captured.args, captured.kwargs, dynamic=None)
     shutil.copyfile(str(runner.__file__), folder / RUN)
     write_text(folder / "kit.json", json.dumps(kit.listing) + "\n")
 
