@@ -17,6 +17,8 @@ from tdfx.passes.base import RewritePass
 from tdfx.passes.capture import has_torch_forward
 from tdfx.passes.layer_operators import attribute
 from tdfx.passes.lift_layers import make_way, module_path
+from tdfx.passes.recurrent import is_recurrent
+from tdfx.passes.recurrent_operators import RecurrentCall, recurrent_call
 
 aten = torch.ops.aten
 BatchNorm = nn.modules.batchnorm._BatchNorm
@@ -32,7 +34,6 @@ DROPOUTS: dict[Any, type[nn.Module]] = {
     aten.feature_alpha_dropout_.default: nn.FeatureAlphaDropout,
 }
 FEATURE_DROPOUTS = {3: nn.Dropout1d, 5: nn.Dropout3d}  # by the dimensions of their input
-RNNS = (aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input)
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,8 @@ class LiftModules(RewritePass):
                 self._batch_norm(graph_module, node)
             elif node.target in DROPOUTS:
                 self._dropout(graph_module, node)
-            elif node.target in RNNS:
-                self._rnn(graph_module, node)
+            elif (call := recurrent_call(graph_module, node)) is not None:
+                self._recurrent(graph_module, node, call)
         graph_module.eval()  # with the containers that came for new names
 
     def _batch_norm(self, graph_module: fx.GraphModule, node: fx.Node) -> None:
@@ -95,15 +96,18 @@ class LiftModules(RewritePass):
             module = kind(p, inplace=target._schema.is_mutable).eval()
         _call(graph_module, node, path, module, (x,))
 
-    def _rnn(self, graph_module: fx.GraphModule, node: fx.Node) -> None:
-        arguments: Any = node.args
-        x, state, parameters, *_ = arguments
-        path = str(parameters[0].target).rpartition(".")[0]
+    def _recurrent(self, graph_module: fx.GraphModule, node: fx.Node, call: RecurrentCall) -> None:
+        path, _, attribute = call.weight.rpartition(".")
         module = _submodule(self.origin, path)
-        if not isinstance(module, nn.RNNBase) or not has_torch_forward(module):
-            return
-        state = tuple(state) if isinstance(state, list | tuple) else state
-        value = _call(graph_module, node, path, module, (x, state))
+        if module is None or not is_recurrent(module):
+            # A subclass may do more, and a program has parameters alone: the layer is made, once for all its calls.
+            if not path or attribute not in ("weight_ih", "weight_ih_l0"):
+                path = _new_name(graph_module, path, "recurrent")
+            module = _submodule(graph_module, path)
+            if module is None or not _is_same(module, call.module):
+                module = call.module
+                make_way(graph_module, path, module)
+        value = _call(graph_module, node, path, module, call.arguments)
         if not isinstance(module, nn.LSTM):
             return
         # The operator returns (output, h, c), the module (output, (h, c)).
@@ -127,6 +131,12 @@ def _plain_batch_norm(
     module.running_mean, module.running_var = mean, var
     module.num_batches_tracked = torch.tensor(0) if counter is None else counter
     return module
+
+
+def _is_same(module: nn.Module, other: nn.Module) -> bool:
+    """Whether two modules are of a class, a text and the same parameters."""
+    held = [[id(value) for value in one.parameters()] for one in (module, other)]
+    return type(module) is type(other) and repr(module) == repr(other) and held[0] == held[1]
 
 
 def _new_name(graph_module: fx.GraphModule, path: str, kind: str) -> str:

@@ -58,7 +58,8 @@ def core(module: Recurrent, layer: int = 0) -> Recurrent:
 def with_input(module: Recurrent, linear: nn.Linear) -> Recurrent:
     """A core as a plain layer that computes what ``module(linear(x))`` does."""
     parts = len(suffixes(module))
-    return _layer(module, 0, _parts(linear.weight, parts), _parts(linear.get_parameter("bias"), parts))
+    weight, bias = (_parts(linear.get_parameter(name), parts) for name in ("weight", "bias"))
+    return _layer(module, 0, weight, bias)
 
 
 def _stacked(module: Recurrent, kind: str, layer: int) -> nn.Parameter:
