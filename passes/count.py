@@ -106,13 +106,20 @@ def _run(
     memo: dict[int, Any] = {id(t): duplicate(t if t.is_leaf else t.detach()) for t in tensors}
     module, args, kwargs = copy.deepcopy((module, args, dict(kwargs)), memo)
 
-    counter = _Counter()
     devices = {tensor.device for tensor in tensors if tensor.is_cuda}
     with torch.random.fork_rng(devices=devices), torch.no_grad(), mode or nullcontext():
         module.eval()
-        with _PlainLayers(), counter:
+        with counting() as workloads:
             module(*args, **kwargs)
-    return tuple(counter.workloads)
+    return tuple(workloads)
+
+
+@contextmanager
+def counting() -> Iterator[list[Workload]]:
+    """Gives the list that the workloads of all operators executed in the block are added to."""
+    counter = _Counter()
+    with _PlainLayers(), counter:
+        yield counter.workloads
 
 
 @contextmanager

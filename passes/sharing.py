@@ -30,3 +30,10 @@ def sharers(graph_module: fx.GraphModule, layer: str) -> tuple[str, ...]:
         return ()
     readers = {reader for parameter in sharing[layer] for reader in sharing[parameter]}
     return tuple(sorted(readers - {layer, ""}))  # the root's own parameters are read by GRAPH
+
+
+def sharing_groups(graph_module: fx.GraphModule) -> tuple[tuple[str, ...], ...]:
+    """Readers that share parameters with each other, directly or through others; each group sorted, the groups too."""
+    components = nx.connected_components(sharing_graph(graph_module))
+    groups = (sorted(reader for reader in found if isinstance(reader, str) and reader) for found in components)
+    return tuple(sorted(tuple(group) for group in groups if len(group) > 1))

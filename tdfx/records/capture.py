@@ -24,11 +24,12 @@ class Capture:
         kwargs: keyword example inputs.
         trainable: whether BatchNorm and Dropout were kept.
         workloads: convolutions and matrix products of one run of the model as given.
+        module_workloads: those of one run of ``module``; others where layers were merged.
         params: parameters of the model as given.
         weight_bytes: bytes of those.
         structure: fingerprint of the model's structure.
         weights: fingerprint of its weights.
-        skipped: layers that the graph does not show, and BatchNorms that stay, with reasons.
+        skipped: layers that the graph does not show, as those merged into others, and BatchNorms that stay; reasons.
         max_rel_diff: difference of the captured graph's outputs from the model's, relative to the largest output.
         notes: what the user should know.
     """
@@ -41,6 +42,7 @@ class Capture:
     kwargs: dict[str, Tensor]
     trainable: bool
     workloads: tuple[Workload, ...]
+    module_workloads: tuple[Workload, ...]
     params: int
     weight_bytes: int
     structure: str

@@ -18,6 +18,19 @@ from tdfx.tables import count, seconds, share
 
 
 @dataclass(frozen=True)
+class PeakActivations:
+    """Most bytes of activations that are alive at once; see ``tdfx.records.dependencies.peak_activation_bytes``.
+
+    Attributes:
+        before: in the captured graph, BatchNorm folded.
+        after: in the result.
+    """
+
+    before: int
+    after: int
+
+
+@dataclass(frozen=True)
 class Report:
     """How a network was compressed, in figures.
 
@@ -35,6 +48,7 @@ class Report:
         notes: what the user should know.
         versions: of tdfx, torch and Python.
         measured: the result timed in ONNX Runtime against its original, where that was asked for.
+        peak_activation_bytes: for the example inputs; None in reports of older versions.
     """
 
     plan: Plan
@@ -48,6 +62,7 @@ class Report:
     notes: tuple[str, ...]
     versions: dict[str, str]
     measured: Measured | None = None
+    peak_activation_bytes: PeakActivations | None = None
 
     def to_json(self) -> str:
         """All of it as indented JSON."""
@@ -66,18 +81,22 @@ class Report:
 
     def __str__(self) -> str:
         lines = [str(self.plan), ""]
-        for name, old, new in (
+        rows = [
             ("FLOPs", self.before.flops, self.after.flops),
             ("parameters", self.before.params, self.after.params),
             ("weight bytes", self.before.weight_bytes, self.after.weight_bytes),
-        ):
-            lines.append(f"{name:13}{count(old)} -> {count(new)} ({share(new, old)})")
+        ]
+        peak = self.peak_activation_bytes
+        if peak is not None:
+            rows.append(("activation bytes", peak.before, peak.after))
+        for name, old, new in rows:
+            lines.append(f"{name:18}{count(old)} -> {count(new)} ({share(new, old)})")
         if self.before.latency_s is not None and self.after.latency_s is not None:
             old_s, new_s = self.before.latency_s, self.after.latency_s
             source = self.plan.latency_source
-            lines.append(f"{'latency':13}{seconds(old_s)} -> {seconds(new_s)} ({share(new_s, old_s)}, {source})")
+            lines.append(f"{'latency':18}{seconds(old_s)} -> {seconds(new_s)} ({share(new_s, old_s)}, {source})")
         if self.measured is not None:
-            lines.append(f"{'measured':13}{self.measured}")
+            lines.append(f"{'measured':18}{self.measured}")
         lines += [f"skipped {entry.layer}: {entry.reason}" for entry in self.skipped]
         lines += [f"note: {note}" for note in self.notes if note not in self.plan.notes]
         return "\n".join(lines)

@@ -25,6 +25,7 @@ from tdfx.parallel import as_done
 from tdfx.passes.base import layer_at
 from tdfx.passes.candidates import chain_cost, site_weight
 from tdfx.passes.count import network_cost
+from tdfx.passes.dependencies import Dependencies
 from tdfx.passes.factorize import Factorize, Replacement
 from tdfx.passes.shape_prop import ShapeProp, bind
 from tdfx.passes.sites import FindSites
@@ -34,10 +35,11 @@ from tdfx.plan_check import check_fingerprints, check_moments, planned_sites
 from tdfx.records.candidate import Candidate
 from tdfx.records.capture import Capture
 from tdfx.records.cost import Cost
+from tdfx.records.dependencies import peak_activation_bytes
 from tdfx.records.inputs import InputSpec
 from tdfx.records.layer import Site
 from tdfx.records.plan import MEASURED, Plan
-from tdfx.records.result import Report, Result
+from tdfx.records.result import PeakActivations, Report, Result
 from tdfx.scoring import Scoring, scoring_of, scoring_of_stored
 from tdfx.stages.capture import RTOL, Model, capture
 from tdfx.stages.profile import cost_before, rest_cost
@@ -193,6 +195,9 @@ def carry_out(
         verification=verification,
         notes=(*captured.notes, *plan.notes, *notes, *((EMPTY_NOTE,) if factors == EMPTY else ())),
         versions={"tdfx": VERSION, "torch": torch.__version__, "python": platform.python_version()},
+        peak_activation_bytes=PeakActivations(
+            *(peak_activation_bytes(Dependencies(inputs).run(graph)) for graph in (module, compressed))
+        ),
     )
     return Result(
         compressed, carried_out, carried_out.before, after, plan.skipped, report, copy.deepcopy(captured.plain)

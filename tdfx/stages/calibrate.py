@@ -37,7 +37,7 @@ from tdfx.replay import Replay
 from tdfx.sweep import Sweep
 
 NO_GRADIENT = "no gradient comes to it"
-VERSION = 2  # of what is kept in the cache
+VERSION = 3  # of what is kept in the cache
 CHECKPOINT_S = 20.0  # seconds between two checkpoints; 0 for one after every batch
 MOST_WRITING = 0.1  # share of the time that goes into checkpoints
 MOST_BATCH = 32

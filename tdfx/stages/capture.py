@@ -26,6 +26,7 @@ from tdfx.passes.fold_batch_norm import FoldBatchNorm, RemainingBatchNorms
 from tdfx.passes.layer_operators import parameter_read
 from tdfx.passes.lift_layers import LiftLayers
 from tdfx.passes.lift_modules import LiftModules
+from tdfx.passes.merge_linear import MergedLayers, MergeLinear
 from tdfx.passes.recurrent import is_recurrent
 from tdfx.passes.shape_prop import ShapeProp, bind
 from tdfx.passes.sites import has_weight_matrix
@@ -49,7 +50,10 @@ def capture(
     *,
     trainable: bool = False,
 ) -> Capture:
-    """Captures a model's graph and normalizes it: BatchNorm folded, Dropout and Identity dropped.
+    """Captures a model's graph and normalizes it: BatchNorm folded, Dropout and Identity dropped, linear layers merged.
+
+    Linear layers and convolutions that follow each other directly become one where that is cheaper; the result's
+    ``skipped`` says which.
 
     The model is copied; its weights, buffers, hooks and train flags stay as they are. The graph is of eval mode. It
     comes from symbolic tracing ("fx"), or, where that fails or sees fewer layers, from torch.export ("export") with the
@@ -60,7 +64,7 @@ def capture(
         example_inputs: a tensor or tuple of tensors that ``model`` takes; shapes decide the costs. None for those
             that an exported program was made with.
         example_kwargs: keyword arguments, tensors.
-        trainable: keep BatchNorm and Dropout, so that the result trains as the original would.
+        trainable: keep BatchNorm and Dropout and merge nothing, so that the result trains as the original would.
 
     Returns:
         The normalized graph in ``.module``, with what later stages need to know of the model as given.
@@ -98,6 +102,8 @@ def capture(
     module = _unpacked(plain, inputs, trainable)
     if trainable:
         notes = (*notes, *_train_notes(unpacked, module))
+    merged = MergedLayers().run(module)
+    workloads = count(original, args, kwargs)
     return Capture(
         original=original,
         module=module,
@@ -106,12 +112,13 @@ def capture(
         args=args,
         kwargs=kwargs,
         trainable=trainable,
-        workloads=count(original, args, kwargs),
+        workloads=workloads,
+        module_workloads=count(module, args, kwargs) if merged else workloads,
         params=sum(parameter.numel() for parameter in model.parameters()),
         weight_bytes=sum(parameter.nbytes for parameter in model.parameters()),
         structure=structure,
         weights=weights,
-        skipped=(*_unseen(unpacked, traced), *_remaining_batch_norms(module, inputs, trainable)),
+        skipped=(*_unseen(unpacked, traced), *merged, *_remaining_batch_norms(module, inputs, trainable)),
         max_rel_diff=_compare(reference, run(module, args, kwargs)),
         notes=(*notes, *tier_notes),
     )
@@ -144,7 +151,8 @@ def _isolated(model: nn.Module, *, keep_hooks: bool = False) -> tuple[nn.Module,
 def normalize(graph_module: fx.GraphModule, inputs: tuple[Tensor, ...]) -> fx.GraphModule:
     """Eval-mode clean-up that changes no numbers but by rounding."""
     dropped = DropInactive().run(graph_module)
-    return FoldBatchNorm(ShapeProp(inputs).run(dropped)).run(dropped)
+    metas = ShapeProp(inputs).run(dropped)
+    return MergeLinear(metas).run(FoldBatchNorm(metas).run(dropped))
 
 
 def _unpacked(plain: fx.GraphModule, inputs: tuple[Tensor, ...], trainable: bool) -> fx.GraphModule:

@@ -129,7 +129,7 @@ def cost_before(captured: Capture, target: Target | None) -> Cost:
 
 def rest_cost(captured: Capture, sites: Sequence[Site], target: Target | None) -> Cost:
     """Cost of the normalized model without its sites."""
-    whole = total_cost(captured.workloads, captured.module, target)
+    whole = total_cost(captured.module_workloads, captured.module, target)
     for site in sites:
         whole = whole - layer_cost(site.layer, target)
     return whole

@@ -153,7 +153,7 @@ def test_batch_norms_are_folded(name: str) -> None:
 
 def test_the_affine_parameters_of_a_folded_batch_norm_are_kept() -> None:
     model = prepared(
-        nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4, affine=False))
+        nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4, affine=False))
     )
     x = torch.randn(2, 3, 5, 5, dtype=torch.float64)
     traced = symbolic_trace(model, (x,), {})

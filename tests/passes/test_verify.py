@@ -294,7 +294,7 @@ class Transposing(SVD):
 @pytest.mark.parametrize("method", [Truncating(), Transposing()])
 def test_a_method_that_is_not_the_identity_at_full_rank_is_named(method: SVD) -> None:
     x = torch.randn(3, 6)
-    module = capture(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)), x).module
+    module = capture(nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6)), x).module
     with pytest.raises(
         VerificationError, match=rf"layer 0: {method.name} at full rank differs .*allowed 1e-08"
     ) as caught:
