@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from tdfx.contained import plain_attention, quiet, reason
+from tdfx.dynamic import BATCH, free_axes
 from tdfx.errors import CaptureError
 from tdfx.passes.base import assemble
 from tdfx.passes.capture import LayerTracer
@@ -34,56 +35,70 @@ ASSERTIONS = frozenset(
 
 
 def export_trace(
-    model: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor]
+    model: nn.Module,
+    args: tuple[Tensor, ...],
+    kwargs: Mapping[str, Tensor],
+    free: Sequence[Mapping[int, str]] | None = None,
 ) -> tuple[fx.GraphModule, tuple[str, ...]]:
     """Exports an isolated model: its graph of operators, and notes for the user.
 
-    Weights keep their qualified names and are shared with the model. The first dimension of the first input is the
-    batch, which stays free in all inputs that have it where the model allows that.
+    Weights keep their qualified names and are shared with the model.
+
+    Args:
+        model: the model.
+        args: positional example inputs.
+        kwargs: example inputs by keyword.
+        free: the dimensions of each input that stay free, by their names; the batch does so where the model allows
+            that, in all inputs or the first one. None for the batch alone.
 
     Raises:
-        CaptureError: torch.export does not take the model.
+        CaptureError: torch.export does not take the model, or fixes a named dimension.
     """
-    values = (*args, *kwargs.values())
-    first = next((index for index, value in enumerate(values) if value.dim()), 0)
-    batch = values[first].shape[0] if values and values[first].dim() else None
-    alike = frozenset(index for index, value in enumerate(values) if value.dim() and value.shape[0] == batch)
+    values = {str(index): value for index, value in enumerate((*args, *kwargs.values()))}
+    if free is None:
+        axes = free_axes(BATCH, values)
+        free = [axes.get(name, {}) for name in values]
+    alike = frozenset(index for index, dims in enumerate(free) if BATCH in dims.values())
+    named = dict.fromkeys(name for dims in free for name in dims.values() if name != BATCH)
     failures = []
     # Another input may have the batch's size by chance.
-    for free in dict.fromkeys((alike, alike & {first}, frozenset[int]())):
+    for batch in dict.fromkeys((alike, alike & {min(alike, default=0)}, frozenset[int]())):
+        dims = [[d for d, name in axes.items() if name != BATCH or i in batch] for i, axes in enumerate(free)]
         try:
-            graph_module = operators(_export(model, args, kwargs, free))
+            graph_module = operators(_export(model, args, kwargs, dims))
         except Exception as error:
             failures.append(error)
             continue
-        if free or not failures:
+        if batch or not failures:
             return graph_module, ()
         return graph_module, (f"the batch size is fixed: with a free one torch.export says {reason(failures[0])}",)
+    asked = f" with {', '.join(named)} free" if named else ""
+    advice = "; leave out of dynamic what forward needs as a number" if named else ""
     raise CaptureError(
-        f"{type(model).__name__} cannot be captured by torch.export ({reason(failures[-1])})"
+        f"{type(model).__name__} cannot be captured by torch.export{asked} ({reason(failures[-1])}){advice}"
     ) from failures[-1]
 
 
 def _export(
-    model: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor], free: frozenset[int]
+    model: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor], free: Sequence[Sequence[int]]
 ) -> ExportedProgram:
     containment = plain_attention(), _unread_masks(), quiet(), torch.random.fork_rng(devices=[])
     with ExitStack() as stack:
         for context in (torch.no_grad(), *containment, _KeptInputs()):
             stack.enter_context(context)
         # Marks, since torch.export cannot match a structure of dynamic shapes to a forward that hides its arguments.
-        copies = [_marked(value, index in free) for index, value in enumerate((*args, *kwargs.values()))]
+        copies = [_marked(value, dims) for value, dims in zip((*args, *kwargs.values()), free, strict=True)]
         positional, named = tuple(copies[: len(args)]), dict(zip(kwargs, copies[len(args) :], strict=True))
         return torch.export.export(model, positional, named, strict=False)
 
 
-def _marked(value: Tensor, free: bool) -> Tensor:
-    """A copy, whose first dimension is marked as one that may be of any size."""
-    if not free:
-        return value.clone()
+def _marked(value: Tensor, free: Sequence[int]) -> Tensor:
+    """A copy, whose free dimensions are marked as such."""
     # torch.export takes a dimension of 1 for fixed.
-    copied = value.repeat(2, *[1] * (value.dim() - 1)) if value.shape[0] == 1 else value.clone()
-    torch._dynamo.mark_dynamic(copied, 0)
+    repeats = [2 if dim in free and size == 1 else 1 for dim, size in enumerate(value.shape)]
+    copied = value.repeat(repeats) if 2 in repeats else value.clone()
+    for dim in free:
+        torch._dynamo.mark_dynamic(copied, dim)
     return copied
 
 

@@ -1,4 +1,4 @@
-"""Example inputs: checked once, carried as a tuple of tensors and a dictionary of tensors."""
+"""Example inputs: checked once, carried as positional and keyword arguments."""
 
 from __future__ import annotations
 
@@ -12,44 +12,47 @@ from torch.utils import _pytree as pytree
 
 from tdfx.errors import InputError
 
-Inputs = Tensor | Sequence[Tensor]
+Inputs = Tensor | Sequence[Any]
+CONSTANTS = (int, float, bool, str, type(None))
+EXPECTED = "a tensor, a number, a string, None, or a tuple, list or dictionary of these"
 
 
-def as_args(example_inputs: object) -> tuple[Tensor, ...]:
-    """A tensor or sequence of tensors as a tuple.
+def as_args(example_inputs: object) -> tuple[Any, ...]:
+    """A tensor, or a sequence of arguments, as a tuple of positional arguments.
 
     Raises:
-        InputError: naming the first entry that is no tensor.
+        InputError: naming the first value that a network cannot be called with here.
     """
     values = (example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs
     if not isinstance(values, tuple | list):
         raise InputError(
-            f"example_inputs is a {type(values).__name__}; expected a tensor or a tuple of tensors, "
+            f"example_inputs is a {type(values).__name__}; expected a tensor or a tuple of arguments, "
             "as the model's forward takes them (keyword arguments go to example_kwargs)"
         )
-    for index, value in enumerate(values):
-        if not isinstance(value, Tensor):
-            raise InputError(f"example_inputs[{index}] is a {type(value).__name__}; expected a tensor")
-    return tuple(values)
+    return tuple(_checked(f"example_inputs[{index}]", value) for index, value in enumerate(values))
 
 
-def as_kwargs(example_kwargs: object) -> dict[str, Tensor]:
-    """A dictionary of tensors, empty for None.
+def as_kwargs(example_kwargs: object) -> dict[str, Any]:
+    """A dictionary of keyword arguments, empty for None.
 
     Raises:
-        InputError: naming the first entry that is no tensor.
+        InputError: naming the first value that a network cannot be called with here.
     """
     if example_kwargs is None:
         return {}
     if not isinstance(example_kwargs, Mapping):
-        raise InputError(f"example_kwargs is a {type(example_kwargs).__name__}; expected a dictionary of tensors")
-    for name, value in example_kwargs.items():
-        if not isinstance(value, Tensor):
-            raise InputError(f"example_kwargs[{name!r}] is a {type(value).__name__}; expected a tensor")
-    return dict(example_kwargs)
+        raise InputError(f"example_kwargs is a {type(example_kwargs).__name__}; expected a dictionary of arguments")
+    return {name: _checked(f"example_kwargs[{name!r}]", value) for name, value in example_kwargs.items()}
 
 
-def run(module: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor]) -> list[Tensor]:
+def _checked(where: str, value: Any) -> Any:
+    for path, leaf in pytree.tree_flatten_with_path(value)[0]:
+        if not isinstance(leaf, (Tensor, *CONSTANTS)):
+            raise InputError(f"{where}{pytree.keystr(path)} is a {type(leaf).__name__}; expected {EXPECTED}")
+    return value
+
+
+def run(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
     """The module's output tensors, out of containers and dataclasses.
 
     It runs without gradients, with random numbers seeded and the caller's kept, on copies of the inputs, since a module
@@ -57,8 +60,8 @@ def run(module: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor
     """
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        copies = {name: value.clone() for name, value in kwargs.items()}
-        output: Any = module(*(value.clone() for value in args), **copies)
+        copies = pytree.tree_map_only(Tensor, torch.clone, (tuple(args), dict(kwargs)))
+        output: Any = module(*copies[0], **copies[1])
     return list(tensors(output))
 
 

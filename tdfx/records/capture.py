@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, fx, nn
 
 from tdfx.records.cost import Workload
 from tdfx.records.layer import Skipped
+from tdfx.signature import Signature
 
 
 @dataclass(frozen=True)
@@ -20,8 +22,8 @@ class Capture:
             weights of recurrent layers as linear layers.
         plain: the same graph with recurrent layers as they are.
         tier: how it was captured: "fx" by symbolic tracing, "export" by torch.export.
-        args: positional example inputs.
-        kwargs: keyword example inputs.
+        args: positional example inputs of the graph, tensors.
+        kwargs: keyword example inputs of the graph; none where the model is called with more than tensors.
         trainable: whether BatchNorm and Dropout were kept.
         workloads: convolutions and matrix products of one run of the model as given.
         module_workloads: those of one run of ``module``; others where layers were merged.
@@ -32,6 +34,7 @@ class Capture:
         skipped: layers that the graph does not show, as those merged into others, and BatchNorms that stay; reasons.
         max_rel_diff: difference of the captured graph's outputs from the model's, relative to the largest output.
         notes: what the user should know.
+        signature: how the model is called.
     """
 
     original: nn.Module
@@ -50,3 +53,9 @@ class Capture:
     skipped: tuple[Skipped, ...]
     max_rel_diff: float
     notes: tuple[str, ...]
+    signature: Signature
+
+    @property
+    def call(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Positional and keyword example inputs of the model, and of results."""
+        return (self.args, self.kwargs) if self.signature.is_plain else self.signature.call(self.args)

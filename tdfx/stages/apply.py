@@ -17,6 +17,7 @@ from tdfx.chains import Solved, solve
 from tdfx.correction import Unfit, correct_batch_norms, correct_spread
 from tdfx.decompositions import method_for, registry
 from tdfx.decompositions.base import Factors
+from tdfx.dynamic import BATCH, Dynamic
 from tdfx.errors import OptionError, PlanError, VerificationError
 from tdfx.inputs import Inputs, run
 from tdfx.metrics import find_metric
@@ -27,6 +28,7 @@ from tdfx.passes.candidates import chain_cost, site_weight
 from tdfx.passes.count import network_cost
 from tdfx.passes.dependencies import Dependencies
 from tdfx.passes.factorize import Factorize, Replacement
+from tdfx.passes.restore_call import RestoreCall
 from tdfx.passes.shape_prop import ShapeProp, bind
 from tdfx.passes.sites import FindSites
 from tdfx.passes.unpack_recurrent import PackRecurrent, UnpackRecurrent, packed_name, unpacked_state
@@ -57,7 +59,8 @@ def apply(
     example_inputs: Inputs | None,
     plan: Plan,
     *,
-    example_kwargs: Mapping[str, Tensor] | None = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+    dynamic: Dynamic = BATCH,
     moments: Moments | None = None,
     factors: Mapping[str, Tensor] | Literal["empty"] | None = None,
     verify: str = "plan",
@@ -72,6 +75,7 @@ def apply(
         example_inputs: as for ``capture``.
         plan: what ``plan`` returned or ``Plan.from_json`` read.
         example_kwargs: as for ``capture``.
+        dynamic: as for ``capture``.
         moments: those that the plan was made with; without them only with ``factors``.
         factors: the state dict of a result of this plan; its tensors are then loaded instead of decomposing, and the
             model's own weights may differ from those the plan was made for. Errors stay as the plan states them.
@@ -97,7 +101,7 @@ def apply(
     if factors is None:
         check_moments(plan, moments)
     started = time.perf_counter()
-    captured = capture(model, example_inputs, example_kwargs, trainable=plan.trainable)
+    captured = capture(model, example_inputs, example_kwargs, dynamic=dynamic, trainable=plan.trainable)
     captured_s = time.perf_counter() - started
     check_fingerprints(plan, captured, weights=factors is None)
     result = carry_out(captured, plan, moments=moments, factors=factors, verify=verify)
@@ -196,9 +200,11 @@ def carry_out(
         notes=(*captured.notes, *plan.notes, *notes, *((EMPTY_NOTE,) if factors == EMPTY else ())),
         versions={"tdfx": VERSION, "torch": torch.__version__, "python": platform.python_version()},
         peak_activation_bytes=PeakActivations(
-            *(peak_activation_bytes(Dependencies(inputs).run(graph)) for graph in (module, compressed))
+            *(peak_activation_bytes(Dependencies(inputs).run(graph)) for graph in (captured.plain, compressed))
         ),
     )
+    if not captured.signature.is_plain:
+        compressed = RestoreCall(captured.signature).run(compressed)
     return Result(
         compressed, carried_out, carried_out.before, after, plan.skipped, report, copy.deepcopy(captured.plain)
     )
@@ -318,7 +324,11 @@ def _load(module: nn.Module, factors: Mapping[str, Tensor]) -> None:
 
 
 def _input_specs(captured: Capture) -> tuple[InputSpec, ...]:
-    given = (*((None, value) for value in captured.args), *captured.kwargs.items())
+    given: tuple[tuple[str | None, Tensor], ...]
+    if captured.signature.is_plain:
+        given = (*((None, value) for value in captured.args), *captured.kwargs.items())
+    else:
+        given = tuple(zip(captured.signature.names, captured.args, strict=True))
     return tuple(InputSpec(name, tuple(value.shape), str(value.dtype).removeprefix("torch.")) for name, value in given)
 
 

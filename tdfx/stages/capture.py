@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections import OrderedDict
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.nn.parameter import is_lazy
 
-from tdfx.contained import plain_attention
-from tdfx.errors import CaptureError, InputError, VerificationError, WeightError
+from tdfx.contained import plain_attention, reason
+from tdfx.dynamic import BATCH, Dynamic, check_dynamic, free_axes, other_sizes, resized
+from tdfx.errors import CaptureError, InputError, OptionError, VerificationError, WeightError
 from tdfx.fingerprint import structure_fingerprint, weights_fingerprint
 from tdfx.inputs import Inputs, as_args, as_kwargs, run
 from tdfx.passes.capture import has_hooks, has_stock_forward, isolate, symbolic_trace
@@ -36,6 +38,7 @@ from tdfx.passes.verify import relative_difference
 from tdfx.pt2 import load_program
 from tdfx.records.capture import Capture
 from tdfx.records.layer import Skipped
+from tdfx.signature import Signature, with_flat_call
 
 Model = nn.Module | ExportedProgram | str | Path
 
@@ -46,8 +49,9 @@ RTOL = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfl
 def capture(
     model: Model,
     example_inputs: Inputs | None = None,
-    example_kwargs: Mapping[str, Tensor] | None = None,
+    example_kwargs: Mapping[str, Any] | None = None,
     *,
+    dynamic: Dynamic = BATCH,
     trainable: bool = False,
 ) -> Capture:
     """Captures a model's graph and normalizes it: BatchNorm folded, Dropout and Identity dropped, linear layers merged.
@@ -57,44 +61,61 @@ def capture(
 
     The model is copied; its weights, buffers, hooks and train flags stay as they are. The graph is of eval mode. It
     comes from symbolic tracing ("fx"), or, where that fails or sees fewer layers, from torch.export ("export") with the
-    batch size free and all other sizes those of the example inputs.
+    sizes free that ``dynamic`` names, and all others those of the example inputs.
 
     Args:
         model: a module, an ``ExportedProgram``, or the path of a ``.pt2`` file with one.
-        example_inputs: a tensor or tuple of tensors that ``model`` takes; shapes decide the costs. None for those
-            that an exported program was made with.
-        example_kwargs: keyword arguments, tensors.
+        example_inputs: a tensor, or a tuple of the arguments that ``model`` takes: tensors, tuples, lists and
+            dictionaries of them, and numbers, strings and None, which stay as they are in all calls of the result.
+            Shapes decide the costs. None for those that an exported program was made with.
+        example_kwargs: keyword arguments, likewise.
+        dynamic: sizes that stay free: "batch", dimension 0 of all inputs where the model allows that; names of other
+            dimensions besides it by argument, as ``{"input_ids": {1: "sequence"}}``, with None for one that is fixed;
+            or None for no such size. Of each name another size is tried on model and graph.
         trainable: keep BatchNorm and Dropout and merge nothing, so that the result trains as the original would.
 
     Returns:
         The normalized graph in ``.module``, with what later stages need to know of the model as given.
 
     Raises:
-        InputError: the inputs are no tensors, or the model does not run on them or has lazy layers that never ran.
+        InputError: the inputs are none that a model can be called with here, or on another device than it, or the model
+            does not run on them, or on another size of a dimension that is to be free, or has lazy layers that never
+            ran.
+        OptionError: ``dynamic`` is not understood.
         WeightError: a parameter holds NaN or Inf, or a buffer NaN.
         CaptureError: the model cannot be copied or traced; names the construct.
         VerificationError: the graph does not compute what the model does.
     """
+    check_dynamic(dynamic)
     model, program = _module(model)
     if program is not None and example_inputs is None and not example_kwargs:
         example_inputs, example_kwargs = program.example_inputs or (None, None)
-    args, kwargs = as_args(example_inputs), as_kwargs(example_kwargs)
+    if program is not None and isinstance(dynamic, Mapping):
+        raise OptionError(f"dynamic is {dynamic!r}; an exported program has its own free sizes: export it with these")
+    given = as_args(example_inputs), as_kwargs(example_kwargs)
     original, notes = _isolated(model)
     _check_values(original)
     structure, weights = structure_fingerprint(original), weights_fingerprint(original)
     buffers = {name: buffer.clone() for name, buffer in original.named_buffers()}
+    signature, tensors = Signature.of(original.forward, *given)
+    _check_devices(original, dict(zip(signature.names, tensors, strict=True)))
+    # Stages between this one and the result know tensors alone.
+    args, kwargs = given if signature.is_plain else (tensors, {})
+    network = _flat(original, signature)
     try:
-        reference = _run_model(original, args, kwargs)
+        reference = _run_model(network, args, kwargs)
     except InputError:
         if not has_hooks(model):
             raise
         # Some models gather their outputs by hooks of their own.
         original, notes = _isolated(model, keep_hooks=True)
-        reference = _run_model(original, args, kwargs)
-    notes = (*notes, *_buffer_notes(original, buffers))
-    unpacked = unpack_attention(original, trainable=trainable)
+        network = _flat(original, signature)
+        reference = _run_model(network, args, kwargs)
+    notes = (*notes, *_buffer_notes(original, buffers), *_constant_notes(signature))
+    trials = _trials(network, signature, dynamic, args, kwargs)
+    unpacked = unpack_attention(network, trainable=trainable)
     if program is None:
-        tier, traced, tier_notes = _trace(unpacked, args, kwargs)
+        tier, traced, tier_notes = _trace(unpacked, args, kwargs, trials)
     else:
         tier, traced, tier_notes = "export", _lift(original, original), ()
     inputs = bind(traced, args, kwargs)
@@ -102,8 +123,8 @@ def capture(
     module = _unpacked(plain, inputs, trainable)
     if trainable:
         notes = (*notes, *_train_notes(unpacked, module))
-    merged = MergedLayers().run(module)
-    workloads = count(original, args, kwargs)
+    merged = MergedLayers().run(plain)
+    workloads = count(network, args, kwargs)
     return Capture(
         original=original,
         module=module,
@@ -113,14 +134,15 @@ def capture(
         kwargs=kwargs,
         trainable=trainable,
         workloads=workloads,
-        module_workloads=count(module, args, kwargs) if merged else workloads,
+        module_workloads=count(plain, args, kwargs) if merged else workloads,
         params=sum(parameter.numel() for parameter in model.parameters()),
         weight_bytes=sum(parameter.nbytes for parameter in model.parameters()),
         structure=structure,
         weights=weights,
         skipped=(*_unseen(unpacked, traced), *merged, *_remaining_batch_norms(module, inputs, trainable)),
         max_rel_diff=_compare(reference, run(module, args, kwargs)),
-        notes=(*notes, *tier_notes),
+        notes=(*notes, *tier_notes, *trials.notes),
+        signature=signature,
     )
 
 
@@ -148,6 +170,11 @@ def _isolated(model: nn.Module, *, keep_hooks: bool = False) -> tuple[nn.Module,
     return nn.Sequential(OrderedDict(layer=original)).eval(), notes
 
 
+def _flat(model: nn.Module, signature: Signature) -> nn.Module:
+    """The model as what takes tensors alone."""
+    return model if signature.is_plain else with_flat_call(model, signature)
+
+
 def normalize(graph_module: fx.GraphModule, inputs: tuple[Tensor, ...]) -> fx.GraphModule:
     """Eval-mode clean-up that changes no numbers but by rounding."""
     dropped = DropInactive().run(graph_module)
@@ -163,24 +190,91 @@ def _unpacked(plain: fx.GraphModule, inputs: tuple[Tensor, ...], trainable: bool
     return UnpackRecurrent(names, trainable).run(plain)
 
 
+@dataclass(frozen=True)
+class _Trials:
+    """The model at another size of each dimension that is named.
+
+    Attributes:
+        free: names of the free dimensions of each input.
+        args: positional inputs of those sizes.
+        kwargs: likewise by keyword.
+        reference: what the model makes of them; None without names, the batch's aside.
+        sizes: in words.
+    """
+
+    free: tuple[dict[int, str], ...]
+    args: tuple[Tensor, ...] = ()
+    kwargs: Mapping[str, Tensor] = field(default_factory=dict)
+    reference: list[Tensor] | None = None
+    sizes: str = ""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return () if self.reference is None else (f"free sizes: model and graph agree at {self.sizes} too",)
+
+    def check(self, traced: fx.GraphModule) -> fx.GraphModule:
+        """The graph, if it computes what the model does.
+
+        Raises:
+            CaptureError: it does not.
+        """
+        if self.reference is None:
+            return traced
+        try:
+            _compare(self.reference, run(traced, self.args, self.kwargs))
+        except Exception as error:
+            raise CaptureError(
+                f"the graph is of the example inputs' sizes and not of {self.sizes}: {reason(error)}; leave out of "
+                "dynamic what forward needs as a number"
+            ) from error
+        return traced
+
+
+def _trials(
+    model: nn.Module,
+    signature: Signature,
+    dynamic: Dynamic,
+    args: tuple[Tensor, ...],
+    kwargs: Mapping[str, Tensor],
+) -> _Trials:
+    inputs = dict(zip(signature.names, (*args, *kwargs.values()), strict=True))
+    axes = free_axes(dynamic, inputs)
+    free = tuple(axes.get(name, {}) for name in inputs)
+
+    def call(values: Mapping[str, Tensor]) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+        given = tuple(values.values())
+        return given[: len(args)], dict(zip(kwargs, given[len(args) :], strict=True))
+
+    def outputs(values: Mapping[str, Tensor]) -> list[Tensor]:
+        with plain_attention():
+            return run(model, *call(values))
+
+    others = other_sizes(axes, inputs, outputs)
+    if not others:
+        return _Trials(free)
+    other = resized(axes, inputs, others)
+    text = ", ".join(f"{name} = {size}" for name, size in others.items())
+    return _Trials(free, *call(other), outputs(other), text)
+
+
 def _trace(
-    model: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor]
+    model: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor], trials: _Trials
 ) -> tuple[str, fx.GraphModule, tuple[str, ...]]:
     """Tier, graph and notes: symbolic tracing if it sees all layers, or else torch.export if that sees more of them."""
     traced, problem = None, None
     try:
-        traced = _lift(symbolic_trace(model, args, kwargs), model)
+        traced = trials.check(_lift(symbolic_trace(model, args, kwargs), model))
         if len(_layers(traced)) >= _count_called(model, args, kwargs) and not _calls_opaque(traced):
             return "fx", traced, ()
     except CaptureError as error:
         problem = error
     try:
-        exported, notes = export_trace(model, args, kwargs)
+        exported, notes = export_trace(model, args, kwargs, trials.free)
+        lifted = trials.check(_lift(exported, model))
     except CaptureError as error:
         if traced is not None:
             return "fx", traced, (f"symbolic tracing does not see all layers, and {error}",)
         raise CaptureError(f"{problem}. {error}") from error
-    lifted = _lift(exported, model)
     if traced is not None and len(_layers(traced)) >= len(_layers(lifted)):
         return "fx", traced, ()
     return "export", lifted, notes
@@ -242,6 +336,17 @@ def _run_model(model: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, 
     return outputs
 
 
+def _check_devices(model: nn.Module, inputs: Mapping[str, Tensor]) -> None:
+    devices = dict.fromkeys(value.device for value in (*model.parameters(), *model.buffers()))
+    for name, value in inputs.items():
+        # A single number on the CPU goes with tensors on any device.
+        if devices and value.device not in devices and (value.dim() or value.device.type != "cpu"):
+            raise InputError(
+                f"example input {name} is on {value.device}, the model on {', '.join(map(str, devices))}; move the "
+                "input there, or the model"
+            )
+
+
 def _check_values(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if is_lazy(parameter):
@@ -270,6 +375,13 @@ def _buffer_notes(model: nn.Module, before: Mapping[str, Tensor]) -> tuple[str, 
             changed.append(name)
             buffer.copy_(before[name])
     return tuple(f"{name}: forward updates this buffer in eval mode; the result does not" for name in changed)
+
+
+def _constant_notes(signature: Signature) -> tuple[str, ...]:
+    if not signature.constants:
+        return ()
+    found = ", ".join(f"{place} = {value!r}" for place, value in signature.constants.items())
+    return (f"constants of the capture, with which alone the result can be called: {found}",)
 
 
 def _compare(reference: list[Tensor], found: list[Tensor]) -> float:
@@ -332,7 +444,7 @@ def _train_notes(original: nn.Module, traced: fx.GraphModule) -> tuple[str, ...]
     notes = []
     for name, module in original.named_modules():
         is_own = not type(module).__module__.startswith("torch.")
-        code = getattr(type(module).forward, "__code__", None)
+        code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
         inside = any(f"{name}.".startswith(f"{leaf}.") or leaf.startswith(_join(name, "dropout_")) for leaf in called)
         if is_own and not inside and code is not None and "training" in code.co_names:
             notes.append(

@@ -8,9 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from tdfx.budget import LATENCY, Budget
+from tdfx.dynamic import BATCH, Dynamic
 from tdfx.errors import OptionError
 from tdfx.evaluation import Evaluate
 from tdfx.inputs import Inputs
@@ -37,8 +36,9 @@ UNTIMED = "the guard went by the latency table; the network itself was not timed
 def compress(
     model: Model,
     example_inputs: Inputs | None = None,
-    example_kwargs: Mapping[str, Tensor] | None = None,
+    example_kwargs: Mapping[str, Any] | None = None,
     *,
+    dynamic: Dynamic = BATCH,
     budget: str | Budget | None = None,
     methods: Sequence[str] | None = None,
     ranks: str | None = None,
@@ -67,9 +67,11 @@ def compress(
 
     Args:
         model: a trained module, an ``ExportedProgram``, or the path of a ``.pt2`` file; it is left untouched.
-        example_inputs: a tensor or tuple of tensors that it takes; costs are those of these shapes. None for those that
-            an exported program was made with.
-        example_kwargs: keyword arguments, tensors.
+        example_inputs: a tensor or a tuple of arguments that it takes, as for ``capture``; costs are those of these
+            shapes. None for those that an exported program was made with.
+        example_kwargs: keyword arguments, likewise.
+        dynamic: sizes that stay free, as for ``capture``: the batch, and dimensions that are named as in
+            ``{"input_ids": {1: "sequence"}}``.
         budget: "flops=50%", "macs=1.2G", "params=2M", "bytes=8MB", several joined by commas, or a ``tdfx.Budget``;
             "latency=12ms" or "latency=50%" of a run in ONNX Runtime, measured; shares are of the whole model. With
             ``evaluate`` also "drop=1%" of the original's score, or "drop=0.01".
@@ -128,7 +130,7 @@ def compress(
     check_runtime(runtime)
     timings: dict[str, float] = {}
     with timed(timings, "capture"):
-        captured = capture(model, example_inputs, example_kwargs, trainable=trainable)
+        captured = capture(model, example_inputs, example_kwargs, dynamic=dynamic, trainable=trainable)
     if isinstance(calibration, Moments | None):
         moments = calibration
     else:

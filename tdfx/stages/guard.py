@@ -110,7 +110,7 @@ def time_against_original(captured: Capture, original: Path, result: Result, run
         ExportError, VerificationError: as for ``export_onnx``.
     """
     path = original.with_name("compressed.onnx")
-    export_onnx(result.module, path, captured.args, captured.kwargs, dynamic=None)
+    export_onnx(result.module, path, *captured.call, dynamic=None)
     before, after = runner.network_times([str(original), str(path)], runtime.as_dict())
     return measured_of(before, after, result.plan, runtime)
 
