@@ -11,20 +11,25 @@ import torch
 from torch import Tensor, fx
 
 from tdfx.im2col import chunks, output_rows
+from tdfx.lookups import one_hot
 from tdfx.moments import SiteMoments
 from tdfx.passes.base import AnalysisPass, Layer, layer_at
 from tdfx.records.layer import LayerSpec, Shape
+from tdfx.weights import LOOKUPS
 
 BLOCK = 512  # columns of one product; of a symmetric matrix only the upper blocks are computed
 
 
 def covariance_shape(layer: LayerSpec, gradients: bool) -> Shape:
-    """Of what is kept of the covariance of a layer's n inputs: (n, n), or (groups, n / groups, n / groups).
+    """Of what is kept of the covariance of a layer's n inputs: (n, n), (groups, n / groups, n / groups) or (n,).
 
     What lies between two groups counts together with gradients only; of depthwise layers, whose n is out of all
-    proportion to their cost, it is left out.
+    proportion to their cost, it is left out. Of a table's rows, no two of which are looked up at once, the diagonal is
+    all there is; of bags, what two different rows do together is left out.
     """
     n, groups = layer.in_channels * math.prod(layer.kernel_size), layer.groups
+    if layer.lookup is not None:
+        return (n,)
     if groups > 1 and (not gradients or groups == layer.in_channels):
         return groups, n // groups, n // groups
     return n, n
@@ -36,10 +41,11 @@ class Sums:
 
     Attributes:
         total: (n,), of the inputs about the shift.
-        gram: of ``covariance_shape``, of their products; blocks below the diagonal of a matrix stay zero.
+        gram: of ``covariance_shape``, of their products; blocks below the diagonal of a matrix stay zero. Of lookups
+            of the one-hot inputs' squares, about zero.
         out_gram: (out, out), of the products of gradients; likewise. None without a loss.
-        shift: (n,), about the mean of the inputs; None before the first call. Products of what is left are small
-            where the mean is large, so that they can be computed in the inputs' own precision.
+        shift: (n,), about the mean of the inputs; None before the first call, and for lookups. Products of what is
+            left are small where the mean is large, so that they can be computed in the inputs' own precision.
         positions: rows that were added.
         overlap: in how many rows of one sample an input value stands.
         reached: whether a gradient other than 0 has come to the layer.
@@ -79,6 +85,13 @@ class Sums:
             (_add_products if self.gram.dim() == 2 else _add_blocks)(self.gram, rows)
             self.positions += len(rows)
 
+    def add_lookups(self, inputs: Tensor) -> None:
+        """Adds the lookups of one call, as ``one_hot`` gives them."""
+        _, rows = inputs.indices()
+        self.total.index_add_(0, rows, inputs.values())
+        self.gram.index_add_(0, rows, inputs.values().square())
+        self.positions += len(inputs)
+
     def add_gradient(self, gradient: Tensor, layer: Layer) -> None:
         """Adds the gradient at the output of one call."""
         assert self.out_gram is not None
@@ -86,16 +99,20 @@ class Sums:
         _add_products(self.out_gram, output_rows(_at_least_float32(gradient), layer))
 
     def moments(self, samples: int) -> SiteMoments:
-        """Mean and centred second moment by position, second moment of the gradients by sample; uses the sums up."""
-        assert self.shift is not None
+        """Mean and centred second moment by position, second moment of the gradients by sample; uses the sums up.
+
+        Of lookups the second moment is not centred.
+        """
         apart = self.total / self.positions
-        in_cov = _whole(self.gram) if self.gram.dim() == 2 else self.gram
-        means = apart.reshape(*in_cov.shape[:-2], -1)
-        in_cov = in_cov.div_(self.positions).sub_(means[..., :, None] * means[..., None, :])
+        in_cov = (_whole(self.gram) if self.gram.dim() == 2 else self.gram).div_(self.positions)
+        if self.gram.dim() > 1:
+            means = apart.reshape(*in_cov.shape[:-2], -1)
+            in_cov = in_cov.sub_(means[..., :, None] * means[..., None, :])
         out_cov = None if self.out_gram is None else _whole(self.out_gram).div_(samples).float()
         observations = max(self.positions // self.overlap, samples)
         self.reached &= out_cov is None or bool(out_cov.any())  # squares of tiny gradients are 0
-        return SiteMoments((self.shift.double() + apart).float(), in_cov.float(), out_cov, observations)
+        mean = apart if self.shift is None else self.shift.double() + apart
+        return SiteMoments(mean.float(), in_cov.float(), out_cov, observations)
 
 
 @dataclass(frozen=True)
@@ -142,7 +159,11 @@ class _Observer(fx.Interpreter):
         if target not in self.sums:
             return super().call_module(target, args, kwargs)
         with torch.no_grad():
-            self.sums[target].add_input((*args, *kwargs.values())[0].detach(), layer_at(self.module, target))
+            layer = self.module.get_submodule(target)
+            if isinstance(layer, LOOKUPS):
+                self.sums[target].add_lookups(one_hot(layer, *args, **kwargs))
+            else:
+                self.sums[target].add_input((*args, *kwargs.values())[0].detach(), layer_at(self.module, target))
         value = super().call_module(target, args, kwargs)
         if not self.gradients:
             return value

@@ -25,8 +25,8 @@ from tdfx.records.layer import Rank, Site, Skipped
 from tdfx.scoring import Scoring
 from tdfx.selection import Selection
 from tdfx.targets import Target, layer_cost
-from tdfx.transposed import convolution_weight
 from tdfx.version import VERSION
+from tdfx.weights import weight_of
 
 Progress = Callable[[str, int, int], None]
 
@@ -35,9 +35,9 @@ Progress = Callable[[str, int, int], None]
 class FindCandidates(AnalysisPass[tuple[tuple[Candidate, ...], tuple[Skipped, ...]]]):
     """Candidates of all sites, and the sites that no method can make cheaper, with reasons.
 
-    Always offered are "dense" and ranks on the grid that the target's estimate does not put slower than dense. Others
-    carry a caveat: ranks below the grid and chains slower than dense, for budgets that nothing else reaches. With a
-    rank rule the rank that it gives is a site's only candidate.
+    Always offered are "dense" and ranks on the grid that the target's estimate does not put slower than dense, of
+    embeddings all ranks on the grid. Others carry a caveat: ranks below the grid and chains slower than dense, for
+    budgets that nothing else reaches. With a rank rule the rank that it gives is a site's only candidate.
 
     Attributes:
         sites: where to look.
@@ -148,7 +148,10 @@ class FindCandidates(AnalysisPass[tuple[tuple[Candidate, ...], tuple[Skipped, ..
     def _caveat(self, rank: Rank, grid: int, cost: Cost, dense: Cost) -> str:
         off_grid = self.rule is None and any(r % grid for r in rank)
         caveats = [f"rank off the grid of {grid}"] if off_grid else []
-        if cost.latency_s is not None and dense.latency_s is not None and cost.latency_s >= dense.latency_s:
+        is_lookup = not dense.macs  # whose chain is slower always, by little, and is for size alone
+        if is_lookup or cost.latency_s is None or dense.latency_s is None:
+            return " and ".join(caveats)
+        if cost.latency_s >= dense.latency_s:
             caveats.append(SLOWER_ESTIMATED)
         return " and ".join(caveats)
 
@@ -160,12 +163,12 @@ def chain_cost(method: Decomposition, site: Site, rank: Rank, target: Target | N
 
 
 def site_weight(graph_module: fx.GraphModule, site: Site) -> Tensor:
-    """The weight of a site's layer in float64; of a transposed convolution that of the equal convolution.
+    """The weight of a site's layer in float64, in the layout of its specification.
 
     Raises:
         WeightError: it holds NaN or Inf.
     """
-    weight = convolution_weight(layer_at(graph_module, site.name))
+    weight = weight_of(layer_at(graph_module, site.name))
     bad = int((~torch.isfinite(weight)).sum())
     if bad:
         raise WeightError(

@@ -33,7 +33,7 @@ _HOOKS = (
 )
 _LAYERS = (
     nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear, nn.Conv1d, nn.Conv2d, nn.Conv3d,
-    nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
+    nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Embedding, nn.EmbeddingBag,
 )  # fmt: skip
 _INNER_FORWARDS = ("_conv_forward", "_output_padding")
 

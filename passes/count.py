@@ -3,7 +3,7 @@
 A copy of the network runs once beneath a dispatch mode, which sees each operator that is executed, whether a layer, a
 functional call or an expression on raw parameters asked for it. The run is on fake tensors (shapes without data), or on
 real ones where the network's control flow looks at values. ``FORMULAS`` gives each operator's work from shapes alone;
-operators without a formula (element-wise ones, normalization, pooling, embedding lookups) count 0.
+operators without a formula (element-wise ones, normalization, pooling) count 0.
 """
 
 from __future__ import annotations
@@ -274,6 +274,14 @@ def _recurrent_stack(args: Sequence[Any], output: Any) -> Iterable[Workload]:
     return _linears(args[0], (weight for weight in args[1] if weight.ndim == 2))
 
 
+def _lookup(args: Sequence[Any], output: Any) -> Iterable[Workload]:
+    """Table (rows, columns) and indices, then what says how rows are put into bags; nothing is multiplied."""
+    table, indices = args[:2]
+    found = output if isinstance(output, Tensor) else output[0]
+    positions = math.prod(found.shape[:-1])
+    yield Workload(positions, 0, table.shape[1], inputs=indices.numel(), itemsize=table.dtype.itemsize)
+
+
 def _bilinear(args: Sequence[Any], output: Any) -> Iterable[Workload]:
     """Left (rows, i), weight (out, i, j), right (rows, j): left times the weight, then times right row by row."""
     left, weight = args[:2]
@@ -319,5 +327,8 @@ FORMULAS: dict[Any, Formula] = {
     aten.mkldnn_rnn_layer: _recurrent_layer,
     aten._cudnn_rnn: _recurrent_stack,
     aten._trilinear: _bilinear,
+    aten.embedding: _lookup,
+    aten._embedding_bag: _lookup,
+    aten._embedding_bag_forward_only: _lookup,
 }
 """One formula per operator, for all its overloads; a new operator is one new entry."""

@@ -52,10 +52,13 @@ class Factorize(RewritePass):
 
 
 def _splice(graph: fx.Graph, node: fx.Node, replacement: Replacement) -> None:
-    value = node.all_input_nodes[0]
+    first, *others = (
+        f"{node.target}.{replacement.method}.{factor}" for factor, _ in replacement.chain.named_children()
+    )
     with graph.inserting_before(node):
-        for factor, _ in replacement.chain.named_children():
-            value = graph.call_module(f"{node.target}.{replacement.method}.{factor}", (value,))
+        value = graph.call_module(first, node.args, dict(node.kwargs))
+        for factor in others:
+            value = graph.call_module(factor, (value,))
     value.meta.update(node.meta)
     node.replace_all_uses_with(value)
     graph.erase_node(node)

@@ -20,7 +20,7 @@ from tdfx.passes.capture import has_stock_forward
 from tdfx.passes.shape_prop import TensorMeta
 from tdfx.passes.sharing import sharers
 from tdfx.records.layer import Skipped
-from tdfx.transposed import ConvTranspose, convolution_weight, exchanged
+from tdfx.weights import LOOKUPS, relaid, weight_of
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
 BATCH_NORM = "batch_norm"
@@ -77,7 +77,7 @@ def obstacle(graph_module: fx.GraphModule, node: fx.Node, metas: dict[str, Tenso
     if source.op != "call_module":
         return "it does not follow a convolution or linear layer"
     layer = graph_module.get_submodule(str(source.target))
-    if not has_stock_forward(layer):
+    if not has_stock_forward(layer) or isinstance(layer, LOOKUPS):
         return f"it follows {type(layer).__name__}, not a convolution or linear layer"
     if len(source.users) > 1:
         return f"the output of {source.target} has other users"
@@ -115,16 +115,16 @@ def folded_parameters(layer: Layer, batch_norm: BatchNorm) -> tuple[nn.Parameter
     mean, var = batch_norm.running_mean.double(), batch_norm.running_var.double()
     scale = torch.ones_like(mean) if batch_norm.weight is None else batch_norm.weight.detach().double()
     shift = torch.zeros_like(mean) if batch_norm.bias is None else batch_norm.bias.detach().double()
-    weight = convolution_weight(layer).double()
+    weight = weight_of(layer).double()
     bias = None if layer.bias is None else layer.bias.detach().double()
     new: tuple[Tensor, Tensor]
     if isinstance(layer, nn.Linear):
         new = fuse_linear_bn_weights(weight, bias, mean, var, batch_norm.eps, scale, shift)
     else:
         new = fuse_conv_bn_weights(weight, bias, mean, var, batch_norm.eps, scale, shift)
-    folded = exchanged(new[0], layer.groups) if isinstance(layer, ConvTranspose) else new[0]
     dtype, learns = layer.weight.dtype, layer.weight.requires_grad
-    return nn.Parameter(folded.detach().to(dtype), learns), nn.Parameter(new[1].detach().to(dtype), learns)
+    folded = relaid(new[0].detach(), layer).contiguous()
+    return nn.Parameter(folded.to(dtype), learns), nn.Parameter(new[1].detach().to(dtype), learns)
 
 
 def _detached(parameter: Tensor | None) -> Tensor | None:

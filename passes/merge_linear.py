@@ -11,17 +11,21 @@ import copy
 import math
 from collections import Counter
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import fx, nn
 
-from tdfx.passes.base import AnalysisPass, Layer, RewritePass, layer_at, set_submodule
+from tdfx.passes.base import AnalysisPass, RewritePass, layer_at, set_submodule
 from tdfx.passes.capture import has_hooks, has_stock_forward
 from tdfx.passes.shape_prop import TensorMeta
 from tdfx.passes.sharing import sharers
 from tdfx.passes.sites import kind_of, layer_spec
 from tdfx.records.layer import Call, LayerSpec, Skipped
 from tdfx.tables import count
+
+Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
+Mergeable = nn.Linear | Conv
 
 MERGED = "merged"
 """Key, in the meta of a layer's node, of the ``LayerSpec``s that it was merged from, in the order of execution."""
@@ -51,7 +55,7 @@ class MergeLinear(RewritePass):
         (source,) = node.all_input_nodes
         if not _calls_own_layer(graph_module, source) or len(source.users) > 1:
             return False
-        merged = merged_layer(*(layer_at(graph_module, str(entry.target)) for entry in (source, node)))
+        merged = merged_layer(*(cast(Mergeable, graph_module.get_submodule(str(n.target))) for n in (source, node)))
         if merged is None or not bool(torch.isfinite(merged.weight).all()):
             return False
         before, after = self._spec(graph_module, source), self._spec(graph_module, node)
@@ -89,7 +93,7 @@ class MergedLayers(AnalysisPass[tuple[Skipped, ...]]):
         return tuple(found)
 
 
-def merged_layer(first: Layer, last: Layer) -> Layer | None:
+def merged_layer(first: Mergeable, last: Mergeable) -> Mergeable | None:
     """The layer that computes ``last(first(x))``; None where no layer of their kind does."""
     if kind_of(first) != kind_of(last):
         return None
@@ -97,7 +101,7 @@ def merged_layer(first: Layer, last: Layer) -> Layer | None:
         if first.groups > 1 or last.groups > 1:
             return None
         if _is_pointwise(last):
-            options: Layer = first
+            options: Mergeable = first
         elif _is_pointwise(first) and (first.bias is None or not _pads_with_zeros(last)):
             options = last  # with a bias the border would be that of the first layer's output, padded by zeros
         else:
@@ -126,23 +130,25 @@ def _calls_own_layer(graph_module: fx.GraphModule, node: fx.Node) -> bool:
     """Whether a node calls a real layer that is called only there and whose parameters nothing else reads."""
     if node.op != "call_module" or len(node.all_input_nodes) != 1:
         return False
-    layer = layer_at(graph_module, str(node.target))
-    if not has_stock_forward(layer) or has_hooks(layer) or not layer.weight.is_floating_point():
+    layer = graph_module.get_submodule(str(node.target))
+    if not isinstance(layer, Mergeable) or not has_stock_forward(layer) or has_hooks(layer):
+        return False
+    if not layer.weight.is_floating_point():
         return False
     calls = Counter(n.target for n in graph_module.graph.nodes if n.op == "call_module")
     return calls[node.target] == 1 and not sharers(graph_module, str(node.target))
 
 
-def _is_pointwise(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> bool:
+def _is_pointwise(layer: Conv) -> bool:
     """Whether a convolution only mixes the channels of each position."""
     return math.prod(layer.kernel_size) == math.prod(layer.stride) == 1 and not _pads(layer)
 
 
-def _pads_with_zeros(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> bool:
+def _pads_with_zeros(layer: Conv) -> bool:
     return _pads(layer) and layer.padding_mode == "zeros"
 
 
-def _pads(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> bool:
+def _pads(layer: Conv) -> bool:
     if isinstance(layer.padding, str):
         return layer.padding == "same" and math.prod(layer.kernel_size) > 1
     return any(layer.padding)

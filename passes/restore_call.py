@@ -31,9 +31,7 @@ class RestoreCall(RewritePass):
         graph = fx.Graph(tracer_cls=LayerTracer)
         arguments = {**self.signature.args, **self.signature.kwargs}
         defaults = _defaults(arguments)
-        values = {
-            name: graph.create_node("placeholder", name, defaults.get(name, ()), name=name) for name in arguments
-        }
+        values = {name: graph.create_node("placeholder", name, defaults.get(name, ()), name=name) for name in arguments}
         found: dict[fx.Node, Any] = {}
         for name, tree in arguments.items():
             found |= {flat[slot]: value for slot, value in _opened(graph, values[name], name, tree)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -13,8 +13,8 @@ from tdfx.passes.recurrent import is_recurrent
 from tdfx.passes.shape_prop import TensorMeta
 from tdfx.passes.sharing import sharers
 from tdfx.passes.unpack_recurrent import obstacle
-from tdfx.records.layer import ITEMSIZE, Call, Kind, LayerSpec, Site, Skipped
-from tdfx.transposed import ConvTranspose
+from tdfx.records.layer import ITEMSIZE, Call, Kind, LayerSpec, Lookup, Site, Skipped
+from tdfx.weights import LOOKUPS, ConvTranspose
 
 KINDS: dict[type[nn.Module], Kind] = {
     nn.Linear: "linear",
@@ -24,6 +24,8 @@ KINDS: dict[type[nn.Module], Kind] = {
     nn.ConvTranspose1d: "conv_transpose1d",
     nn.ConvTranspose2d: "conv_transpose2d",
     nn.ConvTranspose3d: "conv_transpose3d",
+    nn.Embedding: "embedding",
+    nn.EmbeddingBag: "embeddingbag",
 }
 DEPTHWISE_KERNEL = 5
 """In two directions: two vectors of 3 have two thirds of the elements of 3 x 3, and take a pass more."""
@@ -61,8 +63,11 @@ class FindSites(AnalysisPass[tuple[tuple[Site, ...], tuple[Skipped, ...]]]):
 
 
 def layer_spec(name: str, module: Layer, calls: tuple[Call, ...]) -> LayerSpec:
-    """The specification of a Linear or Conv layer."""
+    """The specification of a Linear, Conv or embedding layer."""
     dtype = str(module.weight.dtype).removeprefix("torch.")
+    if isinstance(module, LOOKUPS):
+        rows, columns = module.weight.shape
+        return LayerSpec(name, kind_of(module), rows, columns, dtype=dtype, calls=calls, lookup=_lookup(module))
     bias = module.bias is not None
     if isinstance(module, nn.Linear):
         return LayerSpec(name, "linear", module.in_features, module.out_features, bias=bias, dtype=dtype, calls=calls)
@@ -85,8 +90,15 @@ def layer_spec(name: str, module: Layer, calls: tuple[Call, ...]) -> LayerSpec:
 
 
 def kind_of(module: nn.Module) -> Kind:
-    """The kind of a Linear or Conv layer or of a subclass of one."""
+    """The kind of a Linear, Conv or embedding layer or of a subclass of one."""
     return next(kind for layer, kind in KINDS.items() if isinstance(module, layer))
+
+
+def _lookup(module: nn.Embedding | nn.EmbeddingBag) -> Lookup:
+    lookup = Lookup(module.padding_idx, module.scale_grad_by_freq, module.sparse)
+    if isinstance(module, nn.Embedding):
+        return lookup
+    return replace(lookup, mode=module.mode, include_last_offset=module.include_last_offset)
 
 
 def has_weight_matrix(module: nn.Module) -> bool:
@@ -103,11 +115,15 @@ def _obstacle(
     if not has_stock_forward(module) and isinstance(module, tuple(KINDS)):
         return f"{type(module).__name__} has a forward of its own; use torch's layer there"
     if not has_stock_forward(module):
-        return f"{type(module).__name__} layers are not compressed; Linear and convolution layers are"
+        return f"{type(module).__name__} layers are not compressed; Linear, convolution and embedding layers are"
     dtype = str(module.weight.dtype).removeprefix("torch.")
     if dtype not in ITEMSIZE:
         return f"its weight is {dtype}; expected one of {', '.join(ITEMSIZE)}"
-    if not isinstance(module, nn.Linear) and _is_small_depthwise(module):
+    if isinstance(module, LOOKUPS):
+        reason = _obstacle_to_lookup(module)
+        if reason is not None:
+            return reason
+    elif not isinstance(module, nn.Linear) and _is_small_depthwise(module):
         size = " x ".join(map(str, module.kernel_size))
         least = f"{DEPTHWISE_KERNEL} x {DEPTHWISE_KERNEL}"
         return f"a depthwise {size} convolution is cheap already; kernels of {least} and more are decomposed"
@@ -116,6 +132,14 @@ def _obstacle(
     others = sharers(graph_module, name)
     if others:
         return f"it shares parameters with {', '.join(others)}; a chain for one of them would break the tie"
+    return None
+
+
+def _obstacle_to_lookup(module: nn.Embedding | nn.EmbeddingBag) -> str | None:
+    if module.max_norm is not None:
+        return "it rescales its rows to max_norm as it looks them up, which no product of tables does"
+    if isinstance(module, nn.EmbeddingBag) and module.mode == "max":
+        return "a bag's maximum is not linear in its rows; bags of mode sum or mean are decomposed"
     return None
 
 

@@ -2,7 +2,8 @@
 
 In float64, so that what is compared is the algebra (stride, padding, dilation, bias, order of factors) and not
 rounding: the layer with the reconstructed weight and the chain must agree to 1e-9 of the largest output. On random
-inputs of the shapes that the layer meets: all zeros or ones, which example inputs may be, hide most mistakes.
+inputs of the shapes that the layer meets, or random rows of a table: all zeros or ones, which example inputs may be,
+hide most mistakes.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ import copy
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from tdfx.decompositions import registry
 from tdfx.decompositions.base import Decomposition
@@ -24,7 +27,7 @@ from tdfx.passes.base import AnalysisPass, Layer, fork, layer_at, set_submodule
 from tdfx.passes.factorize import Replacement
 from tdfx.passes.shape_prop import interpret
 from tdfx.records.layer import Site
-from tdfx.transposed import ConvTranspose, convolution_weight, exchanged
+from tdfx.weights import bias_of, set_weight, weight_of
 
 CHAIN_RTOL = 1e-9
 FULL_RANK_RTOL = 1e-8
@@ -58,13 +61,10 @@ def reconstructed_layer(layer: Layer, replacement: Replacement) -> Layer:
     """The dense layer, in float64, with the weight that the factors stand for, and a chain's bias if it has its own."""
     dense = copy.deepcopy(layer).double()
     chain = [cast(Layer, factor) for factor in replacement.chain]
-    factors = replacement.factors or [convolution_weight(factor) for factor in chain]
+    factors = replacement.factors or [weight_of(factor) for factor in chain]
     rounded = [factor.to(layer.weight.dtype).double() for factor in factors]
     method = in_groups(registry()[replacement.method], getattr(layer, "groups", 1))
-    weight = method.reconstruct(rounded)
-    if isinstance(layer, ConvTranspose):
-        weight = exchanged(weight, layer.groups)
-    dense.weight = nn.Parameter(weight)
+    set_weight(dense, method.reconstruct(rounded))
     if chain[-1].bias is not None:
         dense.bias = nn.Parameter(chain[-1].bias.detach().double())
     return dense
@@ -111,8 +111,8 @@ class VerifyFullRank(AnalysisPass[dict[str, float]]):
 
     def _full_rank_chain(self, method: Decomposition, site: Site, layer: Layer) -> nn.Module:
         exact = Site.of(replace(site.layer, dtype="float64"))
-        factors = method.decompose(convolution_weight(layer), method.full_rank(exact), seed=self.seed)
-        return method.build(exact, method.full_rank(exact), factors, layer.bias)
+        factors = method.decompose(weight_of(layer), method.full_rank(exact), seed=self.seed)
+        return method.build(exact, method.full_rank(exact), factors, bias_of(layer))
 
 
 def compare_layers(
@@ -153,11 +153,25 @@ class _Comparison(fx.Interpreter):
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if target in self.chains:
-            met = (*args, *kwargs.values())[0]
-            value = torch.randn(met.shape, generator=self.generator, dtype=torch.float64).to(met.device)
-            found = relative_difference(self.layers[target](value), self.chains[target](value))
+            layer, chain = self.layers[target], self.chains[target]
+            drawn = partial(self._drawn, layer, (*args, *kwargs.values())[0])
+            positional, named = pytree.tree_map_only(Tensor, drawn, (args, kwargs))
+            first, *others = chain.children()
+            value = first(*positional, **named)
+            for factor in others:
+                value = factor(value)
+            found = relative_difference(layer(*positional, **named), value)
             self.differences[target] = max(found, self.differences.get(target, (0.0, 0.0)), key=lambda pair: pair[1])
         return super().call_module(target, args, kwargs)
+
+    def _drawn(self, layer: nn.Module, met: Tensor, value: Tensor) -> Tensor:
+        """A random value like one that the layer is called with, ``met`` the first; offsets of bags stay."""
+        if value.is_floating_point():
+            return torch.randn(value.shape, generator=self.generator, dtype=torch.float64).to(value.device)
+        if value is not met:
+            return value
+        rows = weight_of(layer).shape[1]
+        return torch.randint(rows, value.shape, generator=self.generator, dtype=value.dtype).to(value.device)
 
 
 def relative_difference(reference: Tensor, other: Tensor) -> tuple[float, float]:

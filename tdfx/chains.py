@@ -14,6 +14,7 @@ from tdfx.passes.factorize import Replacement
 from tdfx.records.candidate import Candidate
 from tdfx.records.layer import Rank, Site
 from tdfx.scoring import Scoring
+from tdfx.weights import bias_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,5 +69,5 @@ def solve(graph_module: fx.GraphModule, site: Site, candidate: Candidate, scorin
     method = method_for(site, candidate.method)
     weight, layer = site_weight(graph_module, site), layer_at(graph_module, site.name)
     factors = method.solve(weight, candidate.rank, scoring.form(site), seed=seed)
-    bias = scoring.bias(site, layer.bias, weight - method.reconstruct(factors))
+    bias = scoring.bias(site, bias_of(layer), weight - method.reconstruct(factors))
     return Solved(scoring.chained(site), method, candidate.rank, factors, bias, trains=bool(layer.weight.requires_grad))

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tdfx.transposed import ConvTranspose, stuffed
+from tdfx.transposed import stuffed
+from tdfx.weights import ConvTranspose
 
 Layer = nn.Linear | nn.modules.conv._ConvNd
 CHUNK_BYTES = 32_000_000
@@ -23,7 +24,7 @@ def im2col(value: Tensor, layer: Layer) -> Tensor:
         layer: a Linear or a convolution, transposed or not, of any groups, stride, padding, padding mode, dilation.
 
     Returns:
-        (positions, in * prod(kernel)), columns in the order of ``convolution_weight(layer).flatten(1)``, of one group
+        (positions, in * prod(kernel)), columns in the order of ``weight_of(layer).flatten(1)``, of one group
         after another, padding included; positions in the order of the output, sample by sample. It may share memory
         with the input.
     """
@@ -46,8 +47,8 @@ def chunks(value: Tensor, layer: Layer, most_bytes: int = CHUNK_BYTES) -> Iterat
 
 
 def output_rows(value: Tensor, layer: Layer) -> Tensor:
-    """A layer's output, or a gradient of its shape, as (positions, out), in the order of ``im2col``."""
-    if isinstance(layer, nn.Linear):
+    """A layer's output, or a gradient of its shape, as (positions, out), in the order of ``im2col`` or ``one_hot``."""
+    if not isinstance(layer, nn.modules.conv._ConvNd):
         return value.reshape(-1, value.shape[-1])
     channels = value.dim() - 1 - len(layer.kernel_size)
     return value.movedim(channels, 0).flatten(1).T

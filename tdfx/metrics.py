@@ -13,6 +13,11 @@ of elements of W.
 Kronecker-factored Fisher matrix of Martens and Grosse 2015, section 3); proportional to the divergence from the
 original's output.
 
+The W of an embedding is its table transposed and S the second moment of its one-hot input, a diagonal: how often each
+row is looked up. So ``feature:absolute`` is the root mean square error of the rows as they are looked up. No bias is
+corrected, which would move rows of padding away from zero. Of bags S is taken for diagonal too, as if the errors of
+different rows in a bag were independent.
+
 The W of a layer in groups is the matrix with the groups' weights in its diagonal blocks. Its ``loss`` counts what two
 groups do together, but for depthwise layers, where S between two channels is taken for zero.
 """
@@ -66,14 +71,16 @@ def form_of(
 ) -> Metric | None:
     """The quadratic form that the factors of a site, in so many groups, are solved in; None for the Frobenius norm.
 
-    Without the bias corrected the mean of the inputs counts as well. Without ``shrink`` the form is that of the inputs
-    that were seen, with it an estimate for others (``shrinkage``).
+    Without the bias corrected the mean of the inputs counts as well; that of an embedding never is. Without ``shrink``
+    the form is that of the inputs that were seen, with it an estimate for others (``shrinkage``).
     """
     if moments is None or not needs_moments(metric):
         return None
     observations = moments.observations if shrink else None
     covariance, mean = shrunk(moments.in_cov.double(), observations, groups), moments.mean.double()
-    if shrink and not covariance.any():  # one observation has no spread: as large as the input itself then
+    if covariance.dim() == 1:
+        corrected = True  # nothing is added to what is not centred
+    elif shrink and not covariance.any():  # one observation has no spread: as large as the input itself then
         covariance = covariance + mean.square().mean() * torch.eye(covariance.shape[-1], dtype=mean.dtype)
     if not corrected:
         means = mean.reshape(*covariance.shape[:-2], -1)

@@ -29,7 +29,8 @@ class SiteMoments:
     Attributes:
         mean: (n,), of the layer's im2col input over samples and output positions, padding included.
         in_cov: (n, n), centred second moment of it, per position; or its diagonal blocks, (groups, n / groups,
-            n / groups), of a layer in groups.
+            n / groups), of a layer in groups. Of an embedding of n rows the diagonal of the second moment of its
+            one-hot input, (n,), not centred: how often each row is looked up, as a share.
         out_cov: (out, out), second moment of the loss's gradient at the layer's output, summed over a sample's
             positions; None without a loss.
         observations: how many independent inputs the covariances are of; None takes them as exact. Positions of all
@@ -75,11 +76,14 @@ class Moments:
         return digest.hexdigest()[:32]
 
     def scarcity(self) -> str | None:
-        """A sentence on sites whose inputs have more values than there are observations; None if there are none."""
+        """A sentence on sites whose inputs have more values than there are observations; None if there are none.
+
+        Embeddings do not count: most rows of a large table are rare.
+        """
         scarce = {
             name: (site.observations, site.in_cov.shape[-1])
             for name, site in self.sites.items()
-            if site.observations is not None and site.observations < site.in_cov.shape[-1]
+            if site.observations is not None and site.observations < site.in_cov.shape[-1] and site.in_cov.dim() > 1
         }
         if not scarce:
             return None

@@ -103,12 +103,12 @@ def scoring_of_stored(
         return Scoring(plan.metric, None, {})
     if plan.moments is None:
         return Scoring(plan.metric, None, InputMeans(tuple(sites), metas).run(captured.module))
-    return Scoring(plan.metric, None, {site.name: torch.zeros(0) for site in sites})
+    return Scoring(plan.metric, None, {site.name: torch.zeros(0) for site in sites if site.layer.lookup is None})
 
 
 def taken_means(moments: Moments) -> dict[str, Tensor]:
-    """Means of the inputs that moments hold, in float64."""
-    return {name: site.mean.to(torch.float64) for name, site in moments.sites.items()}
+    """Means of the inputs that moments hold, in float64; of embeddings none, whose chains get no bias."""
+    return {name: site.mean.to(torch.float64) for name, site in moments.sites.items() if site.in_cov.dim() > 1}
 
 
 def _check_moments(captured: Capture, metric: str, moments: Moments) -> None:

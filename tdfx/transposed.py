@@ -11,29 +11,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-ConvTranspose = nn.modules.conv._ConvTransposeNd
-
-
-def exchanged(weight: Tensor, groups: int) -> Tensor:
-    """The weight of the convolution from that of the transposed one, (in, out / groups, *kernel), and back.
-
-    Args:
-        weight: (groups a, b, *kernel), one group after another along the first dimension.
-        groups: of the layer.
-
-    Returns:
-        (groups b, a, *kernel), every kernel reversed.
-    """
-    apart = weight.reshape(groups, len(weight) // groups, *weight.shape[1:]).transpose(1, 2)
-    return apart.flip(tuple(range(3, apart.dim()))).flatten(0, 1)
-
-
-def convolution_weight(layer: nn.Linear | nn.modules.conv._ConvNd) -> Tensor:
-    """A layer's weight, (out, in) or (out, in / groups, *kernel); of a transposed convolution the equal one's."""
-    weight = layer.weight.detach()
-    return exchanged(weight, layer.groups) if isinstance(layer, ConvTranspose) else weight
+from tdfx.weights import ConvTranspose
 
 
 def stuffed(value: Tensor, layer: ConvTranspose) -> Tensor:

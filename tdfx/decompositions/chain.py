@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import pairwise
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from tdfx.records.layer import Kind, LayerSpec, Shape
-from tdfx.transposed import exchanged
+from tdfx.records.layer import Call, Kind, LayerSpec, Shape
+from tdfx.weights import set_weight
 
 DIRECTIONS = ("frontal", "vertical", "horizontal")
 CONV: dict[str, type[nn.modules.conv._ConvNd]] = {
@@ -27,7 +27,8 @@ CONV: dict[str, type[nn.modules.conv._ConvNd]] = {
 
 def pointwise(layer: LayerSpec, name: str, in_channels: int, out_channels: int) -> LayerSpec:
     """A linear layer, or a convolution with kernel 1 and no padding, of the layer's kind and dtype."""
-    return spatial(replace(layer, padding_mode="zeros"), name, in_channels, out_channels, dims=())
+    plain = layer if layer.lookup is None else replace(layer, kind="linear", lookup=None)
+    return spatial(replace(plain, padding_mode="zeros"), name, in_channels, out_channels, dims=())
 
 
 def spatial(
@@ -72,10 +73,16 @@ def link(layer: LayerSpec, factors: Sequence[LayerSpec]) -> tuple[LayerSpec, ...
     shapes = tuple(call.input_shape for call in layer.calls)
     linked = []
     for factor in factors:
-        called = factor.called_on(shapes)
+        called = factor.called_on(shapes) if factor.lookup is None else _called_as(factor, layer)
         shapes = tuple(call.output_shape for call in called.calls)
         linked.append(called)
     return (*linked[:-1], replace(linked[-1], bias=layer.bias))
+
+
+def _called_as(factor: LayerSpec, layer: LayerSpec) -> LayerSpec:
+    """A lookup with the calls of another one: how many bags there are, offsets alone may tell."""
+    calls = (Call(call.input_shape, (*call.output_shape[:-1], factor.out_channels)) for call in layer.calls)
+    return replace(factor, calls=tuple(calls))
 
 
 def build_layer(spec: LayerSpec, weight: Tensor, bias: Tensor | None) -> nn.Module:
@@ -84,7 +91,9 @@ def build_layer(spec: LayerSpec, weight: Tensor, bias: Tensor | None) -> nn.Modu
     if weight.shape != spec.weight_shape:
         raise ValueError(f"{spec.name}: weight has shape {tuple(weight.shape)}, its specification {spec.weight_shape}")
     layer: nn.Module
-    if spec.kind == "linear":
+    if spec.lookup is not None:
+        layer = _build_lookup(spec, dtype)
+    elif spec.kind == "linear":
         layer = nn.Linear(spec.in_channels, spec.out_channels, bias is not None, device="meta", dtype=dtype)
     else:
         options: dict[str, Any] = {"output_padding": spec.output_padding} if spec.is_transposed else {}
@@ -102,8 +111,7 @@ def build_layer(spec: LayerSpec, weight: Tensor, bias: Tensor | None) -> nn.Modu
             dtype=dtype,
             **options,
         )
-    held = exchanged(weight, spec.groups) if spec.is_transposed else weight
-    layer.weight = nn.Parameter(held.to(dtype).contiguous())
+    set_weight(layer, weight.to(dtype))
     if bias is not None:
         layer.bias = nn.Parameter(bias.detach().to(dtype).clone())
     return layer
@@ -118,6 +126,17 @@ def _is_pointwise(layer: LayerSpec) -> bool:
 def _as_convolution(layer: LayerSpec) -> LayerSpec:
     """The convolution that a transposed one of a single position is; runtimes have faster kernels for it."""
     return replace(layer, kind=cast(Kind, layer.kind.replace("_transpose", "")), output_padding=())
+
+
+def _build_lookup(spec: LayerSpec, dtype: torch.dtype) -> nn.Module:
+    options = asdict(spec.lookup) if spec.lookup is not None else {}
+    mode, include_last_offset = options.pop("mode"), options.pop("include_last_offset")
+    options |= {"device": "meta", "dtype": dtype}
+    if spec.kind == "embedding":
+        return nn.Embedding(spec.in_channels, spec.out_channels, **options)
+    return nn.EmbeddingBag(
+        spec.in_channels, spec.out_channels, mode=mode, include_last_offset=include_last_offset, **options
+    )
 
 
 def _along(values: Shape, dims: Collection[int], other: int) -> Shape:

@@ -34,7 +34,8 @@ class Metric:
 
     Attributes:
         in_cov: S, (n, n) float64, n = in times the kernel's positions, in the order of the unfolded weight; or its
-            diagonal blocks, (groups, n / groups, n / groups), where what lies outside of them is taken for zero.
+            diagonal blocks, (groups, n / groups, n / groups), or its diagonal, (n,), where what lies outside of them is
+            taken for zero.
         out_cov: G, (out, out) float64; None for the identity.
         groups: of the layer.
     """
@@ -79,6 +80,8 @@ class Metric:
 
     def times_in_cov(self, matrix: Tensor) -> Tensor:
         """M S for a matrix (m, n), in its precision; of float64 where n is ``LARGE`` to float32's precision."""
+        if self.in_cov.dim() == 1:
+            return matrix * self.in_cov
         if matrix.dtype == torch.float32:
             return matrix @ self._single
         if not self.is_large:
@@ -132,7 +135,13 @@ def along(tensor: Tensor, dim: int, matrix: Tensor) -> Tensor:
 
 
 def roots(covariance: Tensor) -> tuple[Tensor, Tensor]:
-    """Symmetric square root and its exact inverse, eigenvalues floored; identities for a zero matrix."""
+    """Symmetric square root and its exact inverse, eigenvalues floored; identities for a zero matrix.
+
+    Of a diagonal, (n,), the diagonals.
+    """
+    if covariance.dim() == 1:
+        root = covariance.clamp_min(FLOOR * float(covariance.max()) or 1.0).sqrt()
+        return root, 1 / root
     values, vectors = torch.linalg.eigh(covariance)
     if not values[-1] > 0:
         identity = torch.eye(len(covariance), dtype=covariance.dtype)
@@ -146,26 +155,28 @@ def metric_svd(matrix: Tensor, metric: Metric | None) -> tuple[Tensor, Tensor, T
 
     What cutting at r leaves has the norm of ``norms[r:]`` in the metric; None is the Frobenius norm. A component has
     equal norms on both sides. Where there are no more outputs than inputs, the eigenvectors of W S W^T give all, as
-    in Zhang et al. 2016, section 3.1, and S is not inverted.
+    in Zhang et al. 2016, section 3.1, and S is not inverted. Columns of zeros stay so, exactly, where S is diagonal.
     """
     if metric is None:
         u, s, vt = thin_svd(matrix)
-        return u * s.sqrt(), s.sqrt()[:, None] * vt, s
+        return u * s.sqrt(), s.sqrt()[:, None] * vt * matrix.any(0), s
     root, inverse = metric.out_roots or (None, None)
     weighted = matrix if root is None else root @ matrix
     if matrix.shape[0] <= matrix.shape[1]:
-        values, vectors = torch.linalg.eigh(weighted @ metric.in_cov @ weighted.T)
+        values, vectors = torch.linalg.eigh(_times(weighted, metric.in_cov) @ weighted.T)
         vectors, energies = vectors.flip(-1), values.flip(-1).clamp_min(0)
         left, right = vectors, vectors.T @ weighted
     else:
         in_root, in_inverse = roots(metric.in_cov)
-        u, s, vt = thin_svd(weighted @ in_root)
-        left, right = u * s, vt @ in_inverse
-        vectors, energies = u, s.square() * ((right @ metric.in_cov) * right).sum(1)
+        u, s, vt = thin_svd(_times(weighted, in_root))
+        left, right = u * s, _times(vt, in_inverse)
+        vectors, energies = u, s.square() * (_times(right, metric.in_cov) * right).sum(1)
     if inverse is not None:
         left = inverse @ left
         shares = inverse @ vectors  # of the form with G itself rather than G floored
         energies = energies * ((metric.out_cov @ shares) * shares).sum(0)
+    if metric.in_cov.dim() == 1:
+        right = right * matrix.any(0)
     norms = torch.linalg.vector_norm(left, dim=0), torch.linalg.vector_norm(right, dim=1)
     tiny = torch.finfo(matrix.dtype).tiny
     scale = (norms[1].clamp_min(tiny) / norms[0].clamp_min(tiny)).sqrt()
@@ -174,10 +185,18 @@ def metric_svd(matrix: Tensor, metric: Metric | None) -> tuple[Tensor, Tensor, T
     return left * scale, right / scale[:, None], energies.clamp_min(0).sqrt()
 
 
+def _times(matrix: Tensor, other: Tensor) -> Tensor:
+    """The matrix times another one, or times the matrix of a diagonal, (n,)."""
+    return matrix * other if other.dim() == 1 else matrix @ other
+
+
 # All methods and ranks of a site ask for these in turn.
 @last_call
 def _whitened(metric: Metric, weight: Tensor) -> Tensor:
-    white = along(weight, 1, metric.channel_roots(weight.shape[1])[0])
+    if metric.in_cov.dim() == 1:
+        white = weight * roots(metric.in_cov)[0]
+    else:
+        white = along(weight, 1, metric.channel_roots(weight.shape[1])[0])
     return white if metric.out_roots is None else along(white, 0, metric.out_roots[0])
 
 

@@ -1,10 +1,14 @@
-"""Truncated SVD of a linear layer or a 1 x 1 convolution.
+"""Truncated SVD of a linear layer, a 1 x 1 convolution or an embedding.
 
 W = U S V^T (out x in) is cut to rank R and split into a layer in -> R with weight S^1/2 V^T and a layer R -> out
 with weight U S^1/2. Stride and padding of a 1 x 1 convolution go to the first factor: sampling positions before
 mixing channels is exact and cheaper by the stride.
 
-Source: Eckart and Young 1936; for layers Denil et al. 2013 and Xue et al. 2013, section 2.
+An embedding, a linear layer of one-hot inputs, becomes a narrower table and a linear layer to the old width. A sum or
+mean of rows may be taken of either, so bags are of the narrow rows. A row of zeros stays one, exactly.
+
+Source: Eckart and Young 1936; for layers Denil et al. 2013 and Xue et al. 2013, section 2; for embeddings Lan et al.
+2020, section 3.1.
 """
 
 from __future__ import annotations
@@ -22,10 +26,10 @@ from tdfx.records.layer import LayerSpec, Rank, Site
 
 
 class SVD(Decomposition):
-    """Two layers in place of a linear layer or a 1 x 1 convolution."""
+    """Two layers in place of a linear layer, a 1 x 1 convolution or an embedding."""
 
     name = "svd"
-    summary = "Linear, 1x1 conv -> two of the same"
+    summary = "Linear, 1x1 conv -> two of the same; Embedding -> narrower one, Linear"
     source = "Eckart & Young 1936"
 
     def unsupported(self, site: Site) -> str | None:

@@ -17,7 +17,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from tdfx.records.layer import Fused, LayerSpec, Shape
+from tdfx.records.layer import Call, Fused, LayerSpec, Shape
 
 OPSET, IR_VERSION = 18, 8  # runtimes of some years ago take them
 WEIGHT = 0.01
@@ -70,14 +70,10 @@ class _Builder:
 
     def build(self, piece: Piece) -> bytes:
         first, last = piece.layers[0], piece.layers[-1]
-        value = self.input("x", _batched(first, first.calls[piece.call].input_shape))
+        kind = self.dtype if first.lookup is None else TensorProto.INT64
+        value = self.input("x", _batched(first, first.calls[piece.call].input_shape), kind)
         for layer in piece.layers:
-            call = layer.calls[piece.call]
-            value = (
-                self.linear(layer, value, len(call.input_shape))
-                if layer.kind == "linear"
-                else self.convolution(layer, value)
-            )
+            value = self.layer(layer, value, layer.calls[piece.call])
         output_shape = _batched(last, last.calls[piece.call].output_shape)
         if piece.fused.startswith("add"):
             value = self.node("Add", [value, self.addend(output_shape)])
@@ -89,9 +85,31 @@ class _Builder:
         serialized: bytes = helper.make_model(graph, opset_imports=imports, ir_version=IR_VERSION).SerializeToString()
         return serialized
 
-    def input(self, name: str, shape: Shape) -> str:
-        self.inputs.append(helper.make_tensor_value_info(name, self.dtype, shape))
+    def input(self, name: str, shape: Shape, dtype: int) -> str:
+        self.inputs.append(helper.make_tensor_value_info(name, dtype, shape))
         return name
+
+    def layer(self, layer: LayerSpec, value: str, call: Call) -> str:
+        if layer.lookup is not None:
+            return self.lookup(layer, value, call)
+        if layer.kind == "linear":
+            return self.linear(layer, value, len(call.input_shape))
+        return self.convolution(layer, value)
+
+    def lookup(self, layer: LayerSpec, value: str, call: Call) -> str:
+        """Rows of a table; of bags the sum or mean, bags of offsets as if all were equally long."""
+        rows = self.node("Gather", [self.constant(layer.weight_shape[::-1]), value])
+        if layer.lookup is None or not layer.lookup.mode:
+            return rows
+        if len(call.input_shape) == 1:
+            bags = math.prod(call.output_shape[:-1])
+            longest = -(-call.input_shape[0] // bags)
+            padding = self.integers([0, 0, bags * longest - call.input_shape[0], 0])
+            rows = self.node(
+                "Reshape", [self.node("Pad", [rows, padding]), self.integers([bags, longest, layer.out_channels])]
+            )
+        kind = "ReduceMean" if layer.lookup.mode == "mean" else "ReduceSum"
+        return self.node(kind, [rows, self.integers([1])], keepdims=0)
 
     def node(self, kind: str, inputs: Sequence[str], **attributes: Any) -> str:
         output = f"v{len(self.nodes)}"
@@ -109,7 +127,7 @@ class _Builder:
 
     def addend(self, shape: Shape) -> str:
         """A second input; of an image, through an operator that leaves it in the layout in which convolutions add."""
-        second = self.input("y", shape)
+        second = self.input("y", shape, self.dtype)
         return self.node("MaxPool", [second], kernel_shape=[1, 1]) if len(shape) == 4 else second
 
     def linear(self, layer: LayerSpec, value: str, dims: int) -> str:
@@ -144,7 +162,7 @@ class _Builder:
 
 def _batched(layer: LayerSpec, shape: Shape) -> Shape:
     """The shape with the batch dimension that torch lets convolutions go without."""
-    return (1, *shape) if layer.kind != "linear" and len(shape) == len(layer.kernel_size) + 1 else shape
+    return (1, *shape) if layer.kernel_size and len(shape) == len(layer.kernel_size) + 1 else shape
 
 
 def _pads(layer: LayerSpec) -> list[int]:

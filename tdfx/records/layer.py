@@ -11,7 +11,8 @@ from tdfx.records.cost import Workload
 Shape = tuple[int, ...]
 Rank = tuple[int, ...]
 Kind = Literal[
-    "linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"
+    "linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d",
+    "embedding", "embeddingbag",
 ]  # fmt: skip
 Fused = Literal["", "relu", "add", "add_relu"]
 """What a runtime computes in one operator with the layer before it: adding a tensor of its output's shape, a ReLU."""
@@ -28,12 +29,34 @@ class Call:
 
 
 @dataclass(frozen=True)
+class Lookup:
+    """Options of an Embedding or EmbeddingBag, as in torch.
+
+    Attributes:
+        padding_idx: row that is not trained, and that bags leave out; None for no such row.
+        scale_grad_by_freq: whether gradients are divided by how often a row occurs in a batch.
+        sparse: whether gradients are sparse.
+        mode: "sum" or "mean" of a bag's rows; "" for an Embedding.
+        include_last_offset: whether the offsets of bags end with that of the end.
+    """
+
+    padding_idx: int | None = None
+    scale_grad_by_freq: bool = False
+    sparse: bool = False
+    mode: str = ""
+    include_last_offset: bool = False
+
+
+@dataclass(frozen=True)
 class LayerSpec:
-    """Shapes and options of one Linear or convolution layer, without its weights.
+    """Shapes and options of one Linear, convolution or embedding layer, without its weights.
+
+    An embedding counts as a linear layer of one-hot inputs: rows of its table are input channels, and its weight is the
+    table transposed.
 
     Attributes:
         name: qualified name in the model, e.g. ``layer1.0.conv1``.
-        kind: "linear", "conv1d" to "conv3d", or "conv_transpose1d" to "conv_transpose3d".
+        kind: "linear", "conv1d" to "conv3d", "conv_transpose1d" to "conv_transpose3d", "embedding" or "embeddingbag".
         in_channels: input channels or features.
         out_channels: output channels or features.
         kernel_size: one entry per spatial dimension; empty for linear, as are stride, dilation.
@@ -44,8 +67,9 @@ class LayerSpec:
         groups: as in torch.
         bias: whether the layer adds a bias.
         dtype: name of the weight's dtype, e.g. "float32".
-        calls: shapes of every call in one run on the example inputs.
+        calls: shapes of every call in one run on the example inputs; of an embedding that of the indices, and output.
         output_padding: of a transposed convolution, as in torch; empty for others.
+        lookup: options of an embedding; None for other kinds.
     """
 
     name: str
@@ -62,6 +86,7 @@ class LayerSpec:
     dtype: str = "float32"
     calls: tuple[Call, ...] = ()
     output_padding: Shape = ()
+    lookup: Lookup | None = None
 
     @property
     def is_transposed(self) -> bool:
@@ -70,13 +95,13 @@ class LayerSpec:
 
     @property
     def weight_shape(self) -> Shape:
-        """(out, in / groups, *kernel); of a transposed convolution the shape that ``exchanged`` gives its weight."""
+        """(out, in / groups, *kernel); of an embedding (out, rows); for torch's own layout see ``parameter_shape``."""
         return (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
 
     @property
     def parameter_shape(self) -> Shape:
-        """Of the weight as torch and ONNX hold it: (in, out / groups, *kernel) of a transposed convolution."""
-        if not self.is_transposed:
+        """As torch and ONNX hold it: (rows, out) of an embedding, (in, out / groups, *kernel) of a transposed one."""
+        if not self.is_transposed and self.lookup is None:
             return self.weight_shape
         return (self.in_channels, self.out_channels // self.groups, *self.kernel_size)
 
@@ -92,11 +117,11 @@ class LayerSpec:
 
     @property
     def workloads(self) -> tuple[Workload, ...]:
-        """One per call."""
+        """One per call; a lookup multiplies nothing, and reads no more than it writes."""
         return tuple(
             Workload(
                 positions=self._positions(call),
-                in_channels=self.in_channels,
+                in_channels=self.in_channels if self.lookup is None else 0,
                 out_channels=self.out_channels,
                 kernel=math.prod(self.kernel_size),
                 groups=self.groups,
@@ -124,7 +149,12 @@ class LayerSpec:
         return replace(self, calls=tuple(Call(shape, self.output_shape(shape)) for shape in shapes))
 
     def output_shape(self, input_shape: Shape) -> Shape:
-        """Output shape for an input shape (formulas of torch.nn.Conv2d, ConvTranspose2d; batched or unbatched)."""
+        """Output shape for an input shape (formulas of torch.nn.Conv2d, ConvTranspose2d; batched or unbatched).
+
+        Bags are taken for such without offsets.
+        """
+        if self.lookup is not None:
+            return (*(input_shape[:1] if self.lookup.mode else input_shape), self.out_channels)
         if self.kind == "linear":
             return (*input_shape[:-1], self.out_channels)
         dims = len(self.kernel_size)

@@ -13,7 +13,9 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 from tdfx.errors import PlanError, TdfxError
 
 T = TypeVar("T")
-MAY_BE_MISSING = ("notes", "caveat", "measured", "quantization", "output_padding", "peak_activation_bytes")
+MAY_BE_MISSING = (
+    "notes", "caveat", "measured", "quantization", "output_padding", "lookup", "peak_activation_bytes",
+)  # fmt: skip
 """What a person who writes a plan may leave out, and what is seldom there."""
 
 

@@ -46,8 +46,8 @@ from tdfx.scoring import Scoring, scoring_of, scoring_of_stored
 from tdfx.stages.capture import RTOL, Model, capture
 from tdfx.stages.profile import cost_before, rest_cost
 from tdfx.targets import Target, find_target, layer_cost
-from tdfx.transposed import exchanged
 from tdfx.version import VERSION
+from tdfx.weights import bias_of, relaid
 
 VERIFY = ("plan", "full")
 EMPTY = "empty"
@@ -273,7 +273,7 @@ def _solved(
         found = _stored_factors(chain, site.name, candidate.method, factors)
     else:
         found = tuple(torch.full(spec.weight_shape, math.nan) for spec in chain)
-    bias = layer.bias
+    bias = bias_of(layer)
     if chained.layer.bias and bias is None:
         bias = nn.Parameter(layer.weight.new_zeros(chained.layer.out_channels))  # loaded with the rest
     return Solved(chained, method, candidate.rank, found, bias, trains=bool(layer.weight.requires_grad))
@@ -312,7 +312,7 @@ def _stored_factors(chain: Sequence[Any], site: str, method: str, factors: Mappi
         if not bool(torch.isfinite(tensor).all()):
             raise PlanError(f"factors: {name} holds NaN or Inf; load them anew")
         own = tensor.detach().clone()  # the result must not share memory with where they come from
-        stored.append(exchanged(own, spec.groups) if spec.is_transposed else own)
+        stored.append(relaid(own, spec))
     return tuple(stored)
 
 
