@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from typing import Generic, TypeVar, cast
+from typing import Any, Generic, TypeVar, cast
 
 from torch import fx, nn
 
 from tdfx.errors import PassError, TdfxError
+from tdfx.passes.in_place import InPlace
 
 T = TypeVar("T")
 Layer = nn.Linear | nn.modules.conv._ConvNd
@@ -70,12 +71,16 @@ class RewritePass(GraphPass[fx.GraphModule]):
 
 
 def fork(graph_module: fx.GraphModule) -> fx.GraphModule:
-    """A graph module with its own graph and module tree whose leaf modules are shared."""
+    """A graph module with its own graph and module tree whose leaf modules, or parameters at least, are shared."""
+    if isinstance(graph_module, InPlace):
+        return graph_module.forked()
     return assemble(graph_module, copy.deepcopy(graph_module.graph))
 
 
 def assemble(root: nn.Module, graph: fx.Graph) -> fx.GraphModule:
     """A graph over the parts of ``root`` that it uses; what torch.fx adds to hold them is set up as in ``root``."""
+    if isinstance(root, InPlace):
+        return InPlace(root.root, graph)
     graph_module = fx.GraphModule(root, graph, type(root).__name__)
     for name, holder in graph_module.named_modules():
         given = root.get_submodule(name)
@@ -104,7 +109,25 @@ def layer_at(root: nn.Module, path: str) -> Layer:
     return cast(Layer, root.get_submodule(path))
 
 
+def call_chain(chain: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """The output of layers in order, of which the first one takes all that the layer they stand for is called with."""
+    first, *others = chain.children()
+    value = first(*args, **kwargs)
+    for layer in others:
+        value = layer(value)
+    return value
+
+
 def set_submodule(root: nn.Module, path: str, module: nn.Module) -> None:
     """Puts a module at a qualified name, replacing what is there."""
     parent, _, name = path.rpartition(".")
     setattr(root.get_submodule(parent), name, module)
+
+
+def exchange(root: nn.Module, path: str, module: nn.Module) -> None:
+    """Puts a module in the place of the one at a qualified name, under all names that it has."""
+    given = root.get_submodule(path)
+    for holder in list(root.modules()):
+        for name, child in holder._modules.items():
+            if child is given:
+                holder._modules[name] = module

@@ -14,6 +14,7 @@ from tdfx.im2col import chunks, output_rows
 from tdfx.lookups import one_hot
 from tdfx.moments import SiteMoments
 from tdfx.passes.base import AnalysisPass, Layer, layer_at
+from tdfx.passes.layer_calls import LayerInterpreter, given
 from tdfx.records.layer import LayerSpec, Shape
 from tdfx.weights import LOOKUPS
 
@@ -149,28 +150,28 @@ class AccumulateMoments(AnalysisPass[None]):
                 self.sums[name].add_gradient(gradient, layer_at(graph_module, name))
 
 
-class _Observer(fx.Interpreter):
+class _Observer(LayerInterpreter):
     def __init__(self, graph_module: fx.GraphModule, sums: Mapping[str, Sums], gradients: bool) -> None:
         super().__init__(graph_module)
         self.sums, self.gradients = sums, gradients
         self.offsets: list[tuple[str, Tensor]] = []
 
-    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if target not in self.sums:
-            return super().call_module(target, args, kwargs)
+    def call_layer(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], forward: Any) -> Any:
+        if name not in self.sums:
+            return forward(*args, **kwargs)
         with torch.no_grad():
-            layer = self.module.get_submodule(target)
+            layer = self.module.get_submodule(name)
             if isinstance(layer, LOOKUPS):
-                self.sums[target].add_lookups(one_hot(layer, *args, **kwargs))
+                self.sums[name].add_lookups(one_hot(layer, *args, **kwargs))
             else:
-                self.sums[target].add_input((*args, *kwargs.values())[0].detach(), layer_at(self.module, target))
-        value = super().call_module(target, args, kwargs)
+                self.sums[name].add_input(given(args, kwargs).detach(), layer_at(self.module, name))
+        value = forward(*args, **kwargs)
         if not self.gradients:
             return value
         # A leaf of zeros: gradients reach it whether or not parameters want any, and whatever is done to the sum in
         # place. It is one number, expanded.
         offset = torch.zeros((), dtype=value.dtype, device=value.device).expand(value.shape).requires_grad_()
-        self.offsets.append((target, offset))
+        self.offsets.append((name, offset))
         return value + offset
 
 

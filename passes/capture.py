@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import linecache
 import operator
@@ -20,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from tdfx.errors import CaptureError
 from tdfx.passes.base import assemble
+from tdfx.passes.in_place import duplicated
 
 _TORCH, _HERE = Path(torch.__file__).parent, Path(__file__).parent
 _HOOKS = (
@@ -48,11 +48,8 @@ def isolate(model: nn.Module, *, keep_hooks: bool = False) -> tuple[nn.Module, t
     Raises:
         CaptureError: the model cannot be copied.
     """
-    # What earlier runs left behind, as the weight of weight_norm, has a history and cannot be copied with it.
-    held = [value for part in model.modules() for values in (vars(part), part._buffers) for value in values.values()]
-    memo = {id(value): value.detach().clone() for value in held if isinstance(value, Tensor) and not value.is_leaf}
     try:
-        copied = copy.deepcopy(model, memo).eval()
+        copied = duplicated(model).eval()
     except Exception as error:
         raise CaptureError(
             f"{type(model).__name__} cannot be deep-copied ({type(error).__name__}: {error}); tdfx never works on "

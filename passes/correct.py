@@ -12,6 +12,7 @@ BatchNorm follows.
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,8 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from tdfx.passes.base import AnalysisPass, RewritePass, layer_at, set_submodule
+from tdfx.passes.base import AnalysisPass, RewritePass, exchange, layer_at
 from tdfx.passes.fold_batch_norm import BatchNorm
+from tdfx.passes.layer_calls import LayerInterpreter
 from tdfx.passes.shape_prop import interpret
 
 MOST_GAIN = 4.0  # of a channel, and least 1 / MOST_GAIN: a channel that is nearly dead stays so
@@ -57,7 +59,7 @@ class OutputSpread(AnalysisPass[dict[str, Moved]]):
     def apply(self, graph_module: fx.GraphModule) -> dict[str, Moved]:
         observer = _Observer(graph_module, self.layers)
         interpret(observer, self.inputs)
-        return observer.found
+        return {name: moved for name, moved in observer.found.items() if observer.calls[name] == 1}
 
 
 @dataclass(frozen=True)
@@ -94,60 +96,62 @@ class ReestimateBatchNorm(RewritePass):
         estimator = _Estimator(graph_module)
         interpret(estimator, self.inputs)
         for name, module in estimator.found.items():
-            set_submodule(graph_module, name, module)
+            exchange(graph_module, name, module)
 
 
-class _Observer(fx.Interpreter):
+class _Observer(LayerInterpreter):
     def __init__(self, graph_module: fx.GraphModule, layers: tuple[str, ...]) -> None:
         super().__init__(graph_module)
-        self.layers = called_once(graph_module, layers)
+        self.layers = layers
+        self.calls: Counter[str] = Counter()
         self.found: dict[str, Moved] = {}
 
-    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        output = super().call_module(target, args, kwargs)
-        if target in self.layers:
-            self.found[target] = spread(output, _channel_dim(self.module, target, output))
+    def call_layer(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], forward: Any) -> Any:
+        output = forward(*args, **kwargs)
+        if name in self.layers:
+            self.calls[name] += 1
+            self.found[name] = spread(output, _channel_dim(self.module, name, output))
         return output
 
 
-class _Corrector(fx.Interpreter):
+class _Corrector(LayerInterpreter):
     def __init__(self, graph_module: fx.GraphModule, wanted: Mapping[str, Moved], power: float) -> None:
         super().__init__(graph_module)
         self.wanted, self.power = wanted, power
         self.found: dict[str, Correction] = {}
 
-    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        output = super().call_module(target, args, kwargs)
-        if target not in self.wanted:
+    def call_layer(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], forward: Any) -> Any:
+        output = forward(*args, **kwargs)
+        if name not in self.wanted:
             return output
-        dim = _channel_dim(self.module, target, output)
-        wanted, now = self.wanted[target], spread(output, dim)
+        dim = _channel_dim(self.module, name, output)
+        wanted, now = self.wanted[name], spread(output, dim)
         alive = (now.deviation > 0) & (wanted.deviation > 0)
         ratio = torch.where(alive, wanted.deviation / now.deviation, torch.ones_like(now.deviation))
         gain = ratio.clamp(1 / MOST_GAIN, MOST_GAIN) ** self.power
-        self.found[target] = Correction(gain, wanted.mean - gain * now.mean)
+        self.found[name] = Correction(gain, wanted.mean - gain * now.mean)
         shape = [-1 if d == dim else 1 for d in range(output.dim())]
-        moved = (gain.reshape(shape).to(output.dtype), self.found[target].shift.reshape(shape).to(output.dtype))
+        moved = (gain.reshape(shape).to(output.dtype), self.found[name].shift.reshape(shape).to(output.dtype))
         return output * moved[0] + moved[1]
 
 
-class _Estimator(fx.Interpreter):
+class _Estimator(LayerInterpreter):
     def __init__(self, graph_module: fx.GraphModule) -> None:
         super().__init__(graph_module)
         self.found: dict[str, nn.Module] = {}
 
-    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        module = self.module.get_submodule(target)
+    def call_layer(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], forward: Any) -> Any:
+        module = self.module.get_submodule(name)
         if not isinstance(module, BatchNorm) or module.running_mean is None or module.running_var is None:
-            return super().call_module(target, args, kwargs)
-        if target not in self.found:
+            return forward(*args, **kwargs)
+        if name not in self.found:
             now = spread(args[0], 1)
             estimated = copy.deepcopy(module)
             assert estimated.running_mean is not None and estimated.running_var is not None
             estimated.running_mean.copy_(now.mean)
             estimated.running_var.copy_(now.deviation.square())
-            self.found[target] = estimated
-        return self.found[target](*args, **kwargs)
+            self.found[name] = estimated
+        return self.found[name](*args, **kwargs)
 
 
 def spread(value: Tensor, dim: int) -> Moved:
@@ -156,12 +160,6 @@ def spread(value: Tensor, dim: int) -> Moved:
     mean = rows.mean(1, dtype=torch.float64)
     centred = rows - mean.to(rows.dtype)[:, None]
     return Moved(mean, centred.square().mean(1, dtype=torch.float64).sqrt())
-
-
-def called_once(graph_module: fx.GraphModule, layers: tuple[str, ...]) -> tuple[str, ...]:
-    """Those of the layers that a single node calls."""
-    called = [node.target for node in graph_module.graph.nodes if node.op == "call_module"]
-    return tuple(layer for layer in layers if called.count(layer) == 1)
 
 
 def _channel_dim(root: nn.Module, path: str, output: Tensor) -> int:

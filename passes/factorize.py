@@ -10,7 +10,9 @@ from torch import fx, nn
 
 from tdfx.decompositions.base import Factors
 from tdfx.errors import PassError
-from tdfx.passes.base import RewritePass, set_submodule
+from tdfx.passes.base import RewritePass, exchange, set_submodule
+from tdfx.passes.in_place import InPlace
+from tdfx.passes.stand_in import StandIn
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,8 @@ class Replacement:
 class Factorize(RewritePass):
     """Every call of a layer becomes calls of ``{layer}.{method}.{factor}``, one node a factor.
 
+    Inside Python code the chain takes the layer's place.
+
     Attributes:
         replacements: chains by the qualified name of the layer they replace.
     """
@@ -39,6 +43,11 @@ class Factorize(RewritePass):
     replacements: Mapping[str, Replacement] = field(default_factory=dict)
 
     def rewrite(self, graph_module: fx.GraphModule) -> None:
+        if isinstance(graph_module, InPlace):
+            for name, replacement in self.replacements.items():
+                stand_in = StandIn(graph_module.get_submodule(name), replacement.method, replacement.chain)
+                exchange(graph_module, name, stand_in.train(graph_module.training))
+            return
         called = {node.target for node in graph_module.graph.nodes if node.op == "call_module"}
         missing = [name for name in self.replacements if name not in called]
         if missing:

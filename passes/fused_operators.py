@@ -36,7 +36,10 @@ class FusedOperators(AnalysisPass[dict[str, tuple[Fused, ...]]]):
         for node in graph_module.graph.nodes:
             if node.op == "call_module" and node.target in found:
                 found[node.target] = (*found[node.target], self._follows(graph_module, node))
-        return found
+        # Inside Python code nothing is known of what follows.
+        nothing: Fused = ""
+        unknown = {site.name: (nothing,) * len(site.layer.calls) for site in self.sites}
+        return unknown | {name: follows for name, follows in found.items() if follows}
 
     def _follows(self, graph_module: fx.GraphModule, call: fx.Node) -> Fused:
         user = _only_user(call)

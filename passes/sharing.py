@@ -5,6 +5,8 @@ from __future__ import annotations
 import networkx as nx
 from torch import fx
 
+from tdfx.passes.in_place import InPlace
+
 GRAPH = "a function in forward"
 
 
@@ -12,8 +14,9 @@ def sharing_graph(graph_module: fx.GraphModule) -> nx.Graph:
     """Bipartite graph of readers (module names, or ``GRAPH`` for a direct read) and parameters (by identity)."""
     sharing = nx.Graph()
     parameters = dict(graph_module.named_parameters(remove_duplicate=False))
-    for name, parameter in parameters.items():
-        sharing.add_edge(name.rpartition(".")[0], id(parameter))
+    for name, module in graph_module.named_modules():
+        reader = GRAPH if isinstance(module, InPlace) else name  # whose forward may read what it holds itself
+        sharing.add_edges_from((reader, id(parameter)) for parameter in module.parameters(recurse=False))
     for node in graph_module.graph.nodes:
         if node.op == "get_attr" and node.target in parameters:
             sharing.add_edge(GRAPH, id(parameters[node.target]))

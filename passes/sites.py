@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 from torch import Tensor, fx, nn
 
 from tdfx.passes.base import AnalysisPass, Layer, layer_at
 from tdfx.passes.capture import has_stock_forward
+from tdfx.passes.in_place import FIXED, InPlace
 from tdfx.passes.recurrent import is_recurrent
-from tdfx.passes.shape_prop import TensorMeta
+from tdfx.passes.shape_prop import Shapes
 from tdfx.passes.sharing import sharers
 from tdfx.passes.unpack_recurrent import obstacle
 from tdfx.records.layer import ITEMSIZE, Call, Kind, LayerSpec, Lookup, Site, Skipped
@@ -36,30 +36,22 @@ class FindSites(AnalysisPass[tuple[tuple[Site, ...], tuple[Skipped, ...]]]):
     """Sites in the order of execution, and a reason for every other layer that holds a weight matrix.
 
     Attributes:
-        metas: shapes by node name, as ``ShapeProp`` returns them.
+        shapes: what ``ShapeProp`` returned.
     """
 
-    metas: dict[str, TensorMeta]
+    shapes: Shapes
 
     def apply(self, graph_module: fx.GraphModule) -> tuple[tuple[Site, ...], tuple[Skipped, ...]]:
-        nodes: dict[str, list[fx.Node]] = {}
-        for node in graph_module.graph.nodes:
-            if node.op == "call_module" and has_weight_matrix(graph_module.get_submodule(node.target)):
-                nodes.setdefault(node.target, []).append(node)
         sites, skipped = [], []
-        for name, calls in nodes.items():
-            reason = _obstacle(graph_module, name, calls, self.metas)
+        for name, calls in self.shapes.calls.items():
+            if not has_weight_matrix(graph_module.get_submodule(name)):
+                continue
+            reason = _obstacle(graph_module, name, self.shapes)
             if reason is None:
-                sites.append(Site.of(self._layer(graph_module, name, calls)))
+                sites.append(Site.of(layer_spec(name, layer_at(graph_module, name), tuple(calls))))
             else:
                 skipped.append(Skipped(name, reason))
         return tuple(sites), (*skipped, *_raw_parameters(graph_module))
-
-    def _layer(self, graph_module: fx.GraphModule, name: str, nodes: list[fx.Node]) -> LayerSpec:
-        calls = tuple(
-            Call(self.metas[node.all_input_nodes[0].name].shape, self.metas[node.name].shape) for node in nodes
-        )
-        return layer_spec(name, layer_at(graph_module, name), calls)
 
 
 def layer_spec(name: str, module: Layer, calls: tuple[Call, ...]) -> LayerSpec:
@@ -106,16 +98,18 @@ def has_weight_matrix(module: nn.Module) -> bool:
     return any(parameter.dim() >= 2 for parameter in module.parameters())
 
 
-def _obstacle(
-    graph_module: fx.GraphModule, name: str, calls: list[fx.Node], metas: dict[str, TensorMeta]
-) -> str | None:
+def _obstacle(graph_module: fx.GraphModule, name: str, shapes: Shapes) -> str | None:
     module = layer_at(graph_module, name)
+    if is_recurrent(module) and isinstance(graph_module, InPlace):
+        return "recurrent layers are compressed in graphs; the model was captured in place"
     if is_recurrent(module):
-        return obstacle(graph_module, name, metas)
+        return obstacle(graph_module, name, shapes)
     if not has_stock_forward(module) and isinstance(module, tuple(KINDS)):
         return f"{type(module).__name__} has a forward of its own; use torch's layer there"
     if not has_stock_forward(module):
         return f"{type(module).__name__} layers are not compressed; Linear, convolution and embedding layers are"
+    if name in graph_module.meta.get(FIXED, {}):
+        return str(graph_module.meta[FIXED][name])
     dtype = str(module.weight.dtype).removeprefix("torch.")
     if dtype not in ITEMSIZE:
         return f"its weight is {dtype}; expected one of {', '.join(ITEMSIZE)}"
@@ -127,7 +121,7 @@ def _obstacle(
         size = " x ".join(map(str, module.kernel_size))
         least = f"{DEPTHWISE_KERNEL} x {DEPTHWISE_KERNEL}"
         return f"a depthwise {size} convolution is cheap already; kernels of {least} and more are decomposed"
-    if isinstance(module, ConvTranspose) and any(map(_output_size, calls)):
+    if isinstance(module, ConvTranspose) and name in shapes.further:
         return "it is called with output_size, which a chain does not take; give the layer output_padding instead"
     others = sharers(graph_module, name)
     if others:
@@ -141,11 +135,6 @@ def _obstacle_to_lookup(module: nn.Embedding | nn.EmbeddingBag) -> str | None:
     if isinstance(module, nn.EmbeddingBag) and module.mode == "max":
         return "a bag's maximum is not linear in its rows; bags of mode sum or mean are decomposed"
     return None
-
-
-def _output_size(call: fx.Node) -> Any:
-    """What a transposed convolution is told its output's size is, None if nothing."""
-    return call.kwargs.get("output_size", call.args[1] if len(call.args) > 1 else None)
 
 
 def _is_small_depthwise(module: nn.modules.conv._ConvNd) -> bool:

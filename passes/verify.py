@@ -23,8 +23,9 @@ from tdfx.decompositions import registry
 from tdfx.decompositions.base import Decomposition
 from tdfx.decompositions.grouped import in_groups
 from tdfx.errors import VerificationError
-from tdfx.passes.base import AnalysisPass, Layer, fork, layer_at, set_submodule
+from tdfx.passes.base import AnalysisPass, Layer, call_chain, exchange, fork, layer_at
 from tdfx.passes.factorize import Replacement
+from tdfx.passes.layer_calls import LayerInterpreter, given
 from tdfx.passes.shape_prop import interpret
 from tdfx.records.layer import Site
 from tdfx.weights import bias_of, set_weight, weight_of
@@ -75,7 +76,7 @@ def with_reconstructed_weights(graph_module: fx.GraphModule, replacements: Mappi
     dense = fork(graph_module)
     for name, replacement in replacements.items():
         layer = layer_at(graph_module, name)
-        set_submodule(dense, name, reconstructed_layer(layer, replacement).to(layer.weight.dtype))
+        exchange(dense, name, reconstructed_layer(layer, replacement).to(layer.weight.dtype))
     return dense
 
 
@@ -142,7 +143,7 @@ def compare_layers(
     return {name: relative for name, (_, relative) in comparison.differences.items()}
 
 
-class _Comparison(fx.Interpreter):
+class _Comparison(LayerInterpreter):
     def __init__(
         self, graph_module: fx.GraphModule, layers: Mapping[str, nn.Module], chains: Mapping[str, nn.Module]
     ) -> None:
@@ -151,18 +152,14 @@ class _Comparison(fx.Interpreter):
         self.generator = torch.Generator().manual_seed(0)
         self.differences: dict[str, tuple[float, float]] = {}
 
-    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if target in self.chains:
-            layer, chain = self.layers[target], self.chains[target]
-            drawn = partial(self._drawn, layer, (*args, *kwargs.values())[0])
+    def call_layer(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], forward: Any) -> Any:
+        if name in self.chains:
+            layer, chain = self.layers[name], self.chains[name]
+            drawn = partial(self._drawn, layer, given(args, kwargs))
             positional, named = pytree.tree_map_only(Tensor, drawn, (args, kwargs))
-            first, *others = chain.children()
-            value = first(*positional, **named)
-            for factor in others:
-                value = factor(value)
-            found = relative_difference(layer(*positional, **named), value)
-            self.differences[target] = max(found, self.differences.get(target, (0.0, 0.0)), key=lambda pair: pair[1])
-        return super().call_module(target, args, kwargs)
+            found = relative_difference(layer(*positional, **named), call_chain(chain, *positional, **named))
+            self.differences[name] = max(found, self.differences.get(name, (0.0, 0.0)), key=lambda pair: pair[1])
+        return forward(*args, **kwargs)
 
     def _drawn(self, layer: nn.Module, met: Tensor, value: Tensor) -> Tensor:
         """A random value like one that the layer is called with, ``met`` the first; offsets of bags stay."""

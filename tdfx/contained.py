@@ -9,8 +9,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 
 import torch
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from tdfx.errors import ExportError
+
+DEPENDS_ON_VALUES = (
+    "its control flow depends on values, which has no ONNX form here: export the parts between such decisions one by "
+    "one, or run the network in PyTorch"
+)
 
 
 @contextmanager
@@ -19,13 +25,20 @@ def failing_as(what: str, fix: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        fix = DEPENDS_ON_VALUES if isinstance(cause(error), GuardOnDataDependentSymNode) else fix
         raise ExportError(f"{what}: {reason(error)}; {fix}") from error
+
+
+def cause(error: BaseException) -> BaseException:
+    """The innermost cause."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 def reason(error: BaseException) -> str:
     """Type and first line of the innermost cause: the exporter wraps it in advice and tracebacks."""
-    while error.__cause__ is not None:
-        error = error.__cause__
+    error = cause(error)
     lines = str(error).strip().splitlines()
     if not lines:
         return type(error).__name__

@@ -12,6 +12,7 @@ from collections.abc import Collection, Mapping, Sequence
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from tdfx.passes.base import assemble
 from tdfx.passes.shape_prop import ShapeProp, TensorMeta
 from tdfx.records.plan import Plan
 
@@ -61,8 +62,7 @@ def observed(graph_module: fx.GraphModule, names: Sequence[str]) -> fx.GraphModu
     by_name = {node.name: node for node in graph.nodes}
     output = next(node for node in graph.nodes if node.op == "output")
     output.args = ((output.args[0], tuple(by_name[name] for name in names)),)
-    seen = fx.GraphModule(graph_module, graph)
-    return seen.train(graph_module.training)
+    return assemble(graph_module, graph)
 
 
 def mismatch(wanted: Sequence[Tensor], found: Sequence[Tensor], variances: Sequence[Tensor]) -> Tensor:

@@ -117,10 +117,10 @@ def _check_moments(captured: Capture, metric: str, moments: Moments) -> None:
             f"the moments are of another model (fingerprint {moments.weights[:8]}, this model {captured.weights[:8]}); "
             "calibrate this one"
         )
-    if moments.trainable != captured.trainable:
+    if moments.trainable != captured.keeps_batch_norm:
         raise PlanError(
             f"the moments were taken with trainable={moments.trainable}, the model was captured with "
-            f"trainable={captured.trainable}; use the same for both"
+            f"trainable={captured.trainable} (capture {captured.tier!r}); use the same for both"
         )
     if metric == LOSS and moments.output is None:
         raise PlanError('metric loss needs moments of the loss; calibrate with metric="loss", or use metric="feature"')

@@ -91,6 +91,14 @@ def with_flat_call(model: nn.Module, signature: Signature) -> nn.Module:
     return view
 
 
+def without_flat_call(view: nn.Module) -> nn.Module:
+    """The model, called as it was, on the parts that a view of it has now."""
+    kind = type(view).__mro__[1]
+    model = kind.__new__(kind)
+    model.__dict__.update(vars(view))
+    return model
+
+
 def named_leaves(tree: Any) -> dict[str, Any]:
     """What lies in nested containers, named as the tensors of a call are."""
     found = dict(_leaves(tree))

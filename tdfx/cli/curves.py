@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from tdfx.cli import options as given
+from tdfx.cli.options import Captured
 from tdfx.cli.support import Source, cache_folder, exit_codes, model_and_inputs, names, read_record, unless_none
 from tdfx.errors import InputError
 from tdfx.evaluation import Evaluate
@@ -17,7 +18,7 @@ from tdfx.files import replacing, write_text
 from tdfx.loading import module_from_file, module_named
 from tdfx.plots import check_matplotlib, plot_sensitivity
 from tdfx.records.profile import Profile
-from tdfx.stages.capture import capture
+from tdfx.stages.capture import capture as capture_model
 from tdfx.stages.frontier import frontier as find_frontier
 from tdfx.stages.profile import profile as make_profile
 from tdfx.stages.sensitivity import sensitivity as find_sensitivity
@@ -52,6 +53,7 @@ def frontier(
     target: given.Target = "ort-cpu",
     rank_multiple: given.RankMultiple = None,
     trainable: given.Trainable = False,
+    capture: given.Capture = Captured.AUTO,
     seed: given.Seed = 0,
     cache_dir: given.CacheDir = None,
     debug: given.Debug = False,
@@ -63,7 +65,7 @@ def frontier(
         network, args, kwargs = model_and_inputs(model, weights, inputs, seed)
         score = None if evaluate is None else load_evaluate(evaluate)
         source = Source.of(data, samples, mean, std, output)
-        captured = capture(network, args, kwargs, trainable=trainable)
+        captured = capture_model(network, args, kwargs, trainable=trainable, capture=capture.value)
         cache = cache_folder(cache_dir)
         moments = None if source is None else source.moments(captured, metric, seed, cache)
         profiled = make_profile(

@@ -14,7 +14,7 @@ from tdfx.cli.support import asked_runtime, cache_folder, exit_codes, model_and_
 from tdfx.files import write_text
 from tdfx.latency.fit import fit_target
 from tdfx.latency.runner import CPU
-from tdfx.records.capture import Capture
+from tdfx.records.capture import AUTO, Capture
 from tdfx.records.latency import LatencyTable
 from tdfx.records.profile import Profile
 from tdfx.stages.capture import capture
@@ -83,4 +83,4 @@ def latency_fit(
 def _profiled(model: str, file: Path, inputs: list[str] | None, weights: Path | None) -> tuple[Capture, Profile]:
     profile = read_record(Profile, file)
     network, args, kwargs = model_and_inputs(model, weights, inputs, profile.seed)
-    return capture(network, args, kwargs, trainable=profile.trainable), profile
+    return capture(network, args, kwargs, trainable=profile.trainable, capture=profile.capture or AUTO), profile

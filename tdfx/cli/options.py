@@ -10,6 +10,7 @@ from typer import Argument, Option
 
 from tdfx.onnx_export import LEAST_OPSET
 from tdfx.planner import planners
+from tdfx.records.capture import AUTO, EXPORT, FX, INPLACE
 from tdfx.records.plan import MOST_SEED
 
 
@@ -18,6 +19,15 @@ class Verify(str, Enum):
 
     PLAN = "plan"
     FULL = "full"
+
+
+class Captured(str, Enum):
+    """How the model is captured."""
+
+    AUTO = AUTO
+    FX = FX
+    EXPORT = EXPORT
+    INPLACE = INPLACE
 
 
 class Guarded(str, Enum):
@@ -46,6 +56,7 @@ DATA_HELP = "Unlabeled inputs: .npy, .npz, .pt, a folder of images, or package.m
 CORRECT_HELP = "Give the outputs of compressed layers their mean back, and with --data their spread."
 QUANTIZE_HELP = "Also write model.int8.onnx: calibrated on --data; without, ranges are found anew in every run."
 SESSION_CONFIG_HELP = "Of ONNX Runtime's session where latency is measured, e.g. session.intra_op.allow_spinning=0."
+CAPTURE_HELP = "fx: symbolic tracing, export: torch.export, inplace: no graph, the model's Python code stays."
 FIXED_HELP = "The ONNX file takes the inputs' batch size only; for models that compute with no other."
 
 Model = Annotated[str, Argument(metavar="MODEL", help=MODEL_HELP)]
@@ -71,6 +82,7 @@ SessionConfig = Annotated[list[str] | None, Option(metavar="KEY=VALUE", help=SES
 Target = Annotated[str, Option(help='Runtime the result is meant for, a file of latency-fit, or "none".')]
 RankMultiple = Annotated[int | None, Option(help="Grid of ranks, 1: any; if left out the target's, or 1 with --ranks.")]
 Trainable = Annotated[bool, Option("--trainable", help="Keep BatchNorm and Dropout for fine-tuning.")]
+Capture = Annotated[Captured, Option(help=CAPTURE_HELP)]
 Verification = Annotated[Verify, Option(help="full: also every method at full rank on every layer.")]
 Seed = Annotated[int, Option(min=0, max=MOST_SEED, help="Of example inputs and decompositions.")]
 CacheDir = Annotated[str | None, Option(metavar="DIR", help=CACHE_HELP)]

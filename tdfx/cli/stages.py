@@ -13,7 +13,7 @@ from tdfx.budget import Budget
 from tdfx.cli import options as given
 from tdfx.cli.curves import EVALUATE_HELP, load_evaluate
 from tdfx.cli.listings import parity
-from tdfx.cli.options import Guarded, Quantized, Verify
+from tdfx.cli.options import Captured, Guarded, Quantized, Verify
 from tdfx.cli.support import (
     Source,
     asked_runtime,
@@ -30,12 +30,13 @@ from tdfx.latency.runner import CPU
 from tdfx.loading import draw_inputs, example_inputs, open_model
 from tdfx.moments import Moments
 from tdfx.onnx_export import ExportReport
+from tdfx.records.capture import AUTO
 from tdfx.records.latency import LatencyTable
 from tdfx.records.plan import MEASURED, Plan
 from tdfx.records.profile import Profile
 from tdfx.saving import FILES, INT8_ONNX, ONNX, load, output_folder
 from tdfx.stages.apply import apply as apply_plan
-from tdfx.stages.capture import capture
+from tdfx.stages.capture import capture as capture_model
 from tdfx.stages.compress import compress as compress_model
 from tdfx.stages.latency import with_latency
 from tdfx.stages.plan import plan as make_plan
@@ -73,6 +74,7 @@ def compress(
     session_config: given.SessionConfig = None,
     rank_multiple: given.RankMultiple = None,
     trainable: given.Trainable = False,
+    capture: given.Capture = Captured.AUTO,
     verify: given.Verification = Verify.PLAN,
     seed: given.Seed = 0,
     cache_dir: given.CacheDir = None,
@@ -97,7 +99,7 @@ def compress(
             score = None if evaluate is None else load_evaluate(evaluate)
             source, moments = Source.of(data, samples, mean, std, output), None
             if source is not None:
-                captured = capture(network, args, kwargs, trainable=trainable)
+                captured = capture_model(network, args, kwargs, trainable=trainable, capture=capture.value)
                 moments = source.moments(captured, metric, seed, cache)
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", module=r"tdfx\.cli")  # the plan's notes, which the report prints
@@ -119,6 +121,7 @@ def compress(
                     runtime=runtime,
                     rank_multiple=rank_multiple,
                     trainable=trainable,
+                    capture=capture.value,
                     verify=verify.value,
                     seed=seed,
                     minimize=minimize,
@@ -164,6 +167,7 @@ def profile(
     target: given.Target = "ort-cpu",
     rank_multiple: given.RankMultiple = None,
     trainable: given.Trainable = False,
+    capture: given.Capture = Captured.AUTO,
     seed: given.Seed = 0,
     cache_dir: given.CacheDir = None,
     debug: given.Debug = False,
@@ -174,7 +178,7 @@ def profile(
     """
     with exit_codes(debug), replacing(out) as staged:
         network, args, kwargs = model_and_inputs(model, weights, inputs, seed)
-        captured = capture(network, args, kwargs, trainable=trainable)
+        captured = capture_model(network, args, kwargs, trainable=trainable, capture=capture.value)
         cache = cache_folder(cache_dir)
         source = Source.of(data, samples, mean, std, output)
         moments = None if source is None else source.moments(captured, metric, seed, cache)
@@ -238,6 +242,7 @@ def apply(
     std: given.Std = None,
     output: given.Output = "auto",
     cache_dir: given.CacheDir = None,
+    capture: given.Capture = Captured.AUTO,
     verify: given.Verification = Verify.PLAN,
     debug: given.Debug = False,
 ) -> None:
@@ -251,10 +256,19 @@ def apply(
             network, args, kwargs = model_and_inputs(model, weights, inputs, chosen.seed)
             source = Source.of(data, samples, mean, std, output)
             if source is not None:
-                captured = capture(network, args, kwargs, trainable=chosen.trainable)
+                tier = chosen.capture or AUTO if capture is Captured.AUTO else capture.value
+                captured = capture_model(network, args, kwargs, trainable=chosen.trainable, capture=tier)
                 cache = cache_folder(cache_dir)
                 found = source.moments(captured, chosen.metric, chosen.seed, cache)
-            result = apply_plan(network, args, chosen, example_kwargs=kwargs, moments=found, verify=verify.value)
+            result = apply_plan(
+                network,
+                args,
+                chosen,
+                example_kwargs=kwargs,
+                moments=found,
+                verify=verify.value,
+                capture=capture.value,
+            )
             folder.save_result(result)
         typer.echo(f"{result.report}\n\n{_files(out, *FILES)}; tdfx.load and tdfx export read it")
         if (out / ONNX).exists():
@@ -286,7 +300,7 @@ def export(
         result = load(folder, None if model is None else open_model(model))
         args, kwargs = example_inputs(inputs) if inputs else draw_inputs(result.report.inputs)
         source = Source.of(data, samples, mean, std, "auto")
-        calibration = None if source is None else source.read(capture(result.module, args, kwargs))
+        calibration = None if source is None else source.read(capture_model(result.module, args, kwargs))
         with output_folder(folder) as output:
             written = write_onnx(
                 output, result, args, kwargs, opset, fixed_batch, quantize, calibration, samples, score

@@ -11,6 +11,10 @@ from tdfx.records.cost import Workload
 from tdfx.records.layer import Skipped
 from tdfx.signature import Signature
 
+AUTO, FX, EXPORT, INPLACE = "auto", "fx", "export", "inplace"
+TIERS = (AUTO, FX, EXPORT, INPLACE)
+"""How a model may be captured; "auto" is the first of the others that takes it."""
+
 
 @dataclass(frozen=True)
 class Capture:
@@ -21,7 +25,8 @@ class Capture:
         module: the graph, with layers as ``call_module`` nodes under their original qualified names, and the input
             weights of recurrent layers as linear layers.
         plain: the same graph with recurrent layers as they are.
-        tier: how it was captured: "fx" by symbolic tracing, "export" by torch.export.
+        tier: how it was captured: "fx" by symbolic tracing, "export" by torch.export, "inplace" as Python code that
+            one node runs.
         args: positional example inputs of the graph, tensors.
         kwargs: keyword example inputs of the graph; none where the model is called with more than tensors.
         trainable: whether BatchNorm and Dropout were kept.
@@ -59,3 +64,8 @@ class Capture:
     def call(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Positional and keyword example inputs of the model, and of results."""
         return (self.args, self.kwargs) if self.signature.is_plain else self.signature.call(self.args)
+
+    @property
+    def keeps_batch_norm(self) -> bool:
+        """Whether BatchNorm and Dropout are still there; Python code is left as it is."""
+        return self.trainable or self.tier == INPLACE

@@ -40,6 +40,7 @@ class Plan:
         notes: what the user should know, e.g. that ranks off the grid were needed.
         corrected: whether the biases of chains are corrected where the mean of the layer's input is known.
         moments: fingerprint of the moments it was made with, which it takes to carry it out; None without.
+        capture: how the model was captured: "fx", "export" or "inplace"; None in plans of older versions.
 
     Raises:
         PlanError: a site has several candidates, or a candidate and a skip, or the seed is too large.
@@ -62,6 +63,7 @@ class Plan:
     notes: tuple[str, ...] = ()
     corrected: bool = False
     moments: str | None = None
+    capture: str | None = None
 
     def __post_init__(self) -> None:
         if self.seed > MOST_SEED:

@@ -40,6 +40,7 @@ class Profile:
         corrected: whether the biases of chains are corrected where the mean of the layer's input is known.
         moments: fingerprint of the moments it was made with; None without.
         rank_rule: what gave every site its only candidate, e.g. "energy=0.95"; None where a budget chooses.
+        capture: how the model was captured: "fx", "export" or "inplace"; None in profiles of older versions.
 
     Raises:
         PlanError: sites and candidates do not belong together, or a number is too large to plan with.
@@ -61,6 +62,7 @@ class Profile:
     rank_rule: str | None = None
     corrected: bool = False
     moments: str | None = None
+    capture: str | None = None
 
     def __post_init__(self) -> None:
         if self.rest.latency_s is not None and self.rest.latency_s < 0:

@@ -40,7 +40,7 @@ class Report:
         after: cost of the result, counted on the result itself.
         skipped: layers left as they are, with reasons.
         inputs: the example inputs that the costs hold for.
-        tier: how the graph was captured: "fx".
+        tier: how the model was captured: "fx", "export" or "inplace".
         timings_s: seconds by stage.
         verification: largest relative differences found: "capture" (graph against model), "network" (result against
             the network with reconstructed weights), "chains" by layer, "full_rank" by layer and method if asked for;
@@ -48,7 +48,7 @@ class Report:
         notes: what the user should know.
         versions: of tdfx, torch and Python.
         measured: the result timed in ONNX Runtime against its original, where that was asked for.
-        peak_activation_bytes: for the example inputs; None in reports of older versions.
+        peak_activation_bytes: for the example inputs; None where there is no graph.
     """
 
     plan: Plan
@@ -108,12 +108,13 @@ class Result:
 
     Attributes:
         module: plain layers in a ``torch.fx.GraphModule``; train/eval, ``.to``, state_dict, deepcopy and pickle work.
+            Captured in place, a module of the model's own class.
         plan: one candidate per site.
         before: cost of the whole model as given.
         after: cost of ``module``.
         skipped: layers left as they are, with reasons.
         report: all of this and how it came about.
-        original: a copy of the captured graph, in eval mode, for ``tune``; None for results that were loaded.
+        original: a copy of the captured network, in eval mode, for ``tune``; None for results that were loaded.
     """
 
     module: nn.Module

@@ -28,6 +28,7 @@ from tdfx.passes.candidates import chain_cost, site_weight
 from tdfx.passes.count import network_cost
 from tdfx.passes.dependencies import Dependencies
 from tdfx.passes.factorize import Factorize, Replacement
+from tdfx.passes.in_place import InPlace
 from tdfx.passes.restore_call import RestoreCall
 from tdfx.passes.shape_prop import ShapeProp, bind
 from tdfx.passes.sites import FindSites
@@ -35,7 +36,7 @@ from tdfx.passes.unpack_recurrent import PackRecurrent, UnpackRecurrent, packed_
 from tdfx.passes.verify import VerifyChains, VerifyFullRank, relative_difference, with_reconstructed_weights
 from tdfx.plan_check import check_fingerprints, check_moments, planned_sites
 from tdfx.records.candidate import Candidate
-from tdfx.records.capture import Capture
+from tdfx.records.capture import AUTO, INPLACE, Capture
 from tdfx.records.cost import Cost
 from tdfx.records.dependencies import peak_activation_bytes
 from tdfx.records.inputs import InputSpec
@@ -43,7 +44,9 @@ from tdfx.records.layer import Site
 from tdfx.records.plan import MEASURED, Plan
 from tdfx.records.result import PeakActivations, Report, Result
 from tdfx.scoring import Scoring, scoring_of, scoring_of_stored
-from tdfx.stages.capture import RTOL, Model, capture
+from tdfx.signature import Signature, without_flat_call
+from tdfx.stages.capture import RTOL, Model
+from tdfx.stages.capture import capture as capture_model
 from tdfx.stages.profile import cost_before, rest_cost
 from tdfx.targets import Target, find_target, layer_cost
 from tdfx.version import VERSION
@@ -64,6 +67,7 @@ def apply(
     moments: Moments | None = None,
     factors: Mapping[str, Tensor] | Literal["empty"] | None = None,
     verify: str = "plan",
+    capture: str = AUTO,
 ) -> Result:
     """Decomposes the layers as a plan says and splices the factors into a copy of the model.
 
@@ -82,6 +86,7 @@ def apply(
             "empty" leaves the factors' weights NaN and checks of them out, for ``load_state_dict`` to fill: a factor
             that is not loaded shows in every output.
         verify: "plan" checks every chain as planned; "full" also checks every method at full rank on every layer.
+        capture: as for ``capture``; "auto" is the way that the plan was made in.
 
     Returns:
         The compressed network with its plan, costs and report.
@@ -101,7 +106,10 @@ def apply(
     if factors is None:
         check_moments(plan, moments)
     started = time.perf_counter()
-    captured = capture(model, example_inputs, example_kwargs, dynamic=dynamic, trainable=plan.trainable)
+    tier = plan.capture if capture == AUTO and plan.capture is not None else capture
+    captured = capture_model(
+        model, example_inputs, example_kwargs, dynamic=dynamic, trainable=plan.trainable, capture=tier
+    )
     captured_s = time.perf_counter() - started
     check_fingerprints(plan, captured, weights=factors is None)
     result = carry_out(captured, plan, moments=moments, factors=factors, verify=verify)
@@ -187,7 +195,7 @@ def carry_out(
     after = network_cost(compressed, captured.args, captured.kwargs, target)
     if plan.latency_source == MEASURED:
         carried_out, after = _with_latencies(carried_out, plan), _with_latency(after, plan.after)
-    _check_cost(carried_out.after, after)
+    notes += _check_cost(carried_out.after, after, captured)
     report = Report(
         plan=carried_out,
         before=carried_out.before,
@@ -199,15 +207,28 @@ def carry_out(
         verification=verification,
         notes=(*captured.notes, *plan.notes, *notes, *((EMPTY_NOTE,) if factors == EMPTY else ())),
         versions={"tdfx": VERSION, "torch": torch.__version__, "python": platform.python_version()},
-        peak_activation_bytes=PeakActivations(
-            *(peak_activation_bytes(Dependencies(inputs).run(graph)) for graph in (captured.plain, compressed))
-        ),
+        peak_activation_bytes=None if captured.tier == INPLACE else _peaks(captured.plain, compressed, inputs),
     )
-    if not captured.signature.is_plain:
-        compressed = RestoreCall(captured.signature).run(compressed)
     return Result(
-        compressed, carried_out, carried_out.before, after, plan.skipped, report, copy.deepcopy(captured.plain)
+        _as_called(compressed, captured.signature),
+        carried_out,
+        carried_out.before,
+        after,
+        plan.skipped,
+        report,
+        copy.deepcopy(captured.plain.root if isinstance(captured.plain, InPlace) else captured.plain),
     )
+
+
+def _peaks(before: fx.GraphModule, after: fx.GraphModule, inputs: tuple[Tensor, ...]) -> PeakActivations:
+    return PeakActivations(*(peak_activation_bytes(Dependencies(inputs).run(graph)) for graph in (before, after)))
+
+
+def _as_called(compressed: fx.GraphModule, signature: Signature) -> nn.Module:
+    """The network that is called as the model is."""
+    if isinstance(compressed, InPlace):
+        return compressed.root if signature.is_plain else without_flat_call(compressed.root)
+    return compressed if signature.is_plain else RestoreCall(signature).run(compressed)
 
 
 def _with_latencies(carried_out: Plan, plan: Plan) -> Plan:
@@ -353,9 +374,12 @@ def _verify_network(
     return worst
 
 
-def _check_cost(planned: Cost, counted: Cost) -> None:
-    """What was planned must be what the result, counted as a network, costs."""
+def _check_cost(planned: Cost, counted: Cost, captured: Capture) -> tuple[str, ...]:
+    """What was planned must be what the result, counted as a network, costs; a note where control flow decides."""
     for name in ("params", "macs", "weight_bytes"):
         wanted, found = getattr(planned, name), getattr(counted, name)
+        if wanted != found and captured.tier == INPLACE and name == "macs":
+            return (f"forward takes another way with the compressed layers: {found} MACs, the plan says {wanted}",)
         if wanted != found:
             raise VerificationError(f"the result has {found} {name}, the plan says {wanted}; report the model")
+    return ()

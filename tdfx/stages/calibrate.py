@@ -103,7 +103,7 @@ def calibrate(
         samples=samples,
         with_labels=loss is not None,
     )
-    empty = Moments({}, skipped, 0, found, (), captured.structure, captured.weights, captured.trainable)
+    empty = Moments({}, skipped, 0, found, (), captured.structure, captured.weights, captured.keeps_batch_norm)
     identity = _identity(captured, example, found, loss, (kind, seed, samples, str(memory_limit)))
     with _cache(cache_dir, replay, identity, len(groups)) as cache, reporter(progress) as report:
         finished = cache.finished()
@@ -147,6 +147,9 @@ def _with_group(moments: Moments, sweep: Sweep) -> Moments:
     skipped: list[Skipped] = []
     for name in list(sweep.sums):
         sums = sweep.sums.pop(name)  # freed one by one
+        if sums.shift is None:
+            skipped.append(Skipped(name, "forward does not call it on the data"))
+            continue
         site = sums.moments(sweep.samples)
         if sweep.loss is not None and not sums.reached:
             what = "the loss" if sweep.loss.loss is not None else f"the {sweep.loss.output} that the loss is taken of"

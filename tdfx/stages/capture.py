@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import inspect
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -20,11 +20,13 @@ from tdfx.errors import CaptureError, InputError, OptionError, VerificationError
 from tdfx.fingerprint import structure_fingerprint, weights_fingerprint
 from tdfx.inputs import Inputs, as_args, as_kwargs, run
 from tdfx.passes.capture import has_hooks, has_stock_forward, isolate, symbolic_trace
+from tdfx.passes.capture_in_place import capture_in_place, kept_batch_norms, not_called
 from tdfx.passes.count import count
 from tdfx.passes.drop_inactive import DropInactive
 from tdfx.passes.drop_unread import DropUnread
 from tdfx.passes.export_trace import export_trace, operators
 from tdfx.passes.fold_batch_norm import FoldBatchNorm, RemainingBatchNorms
+from tdfx.passes.in_place import InPlace
 from tdfx.passes.layer_operators import parameter_read
 from tdfx.passes.lift_layers import LiftLayers
 from tdfx.passes.lift_modules import LiftModules
@@ -36,11 +38,14 @@ from tdfx.passes.unpack_attention import unpack_attention
 from tdfx.passes.unpack_recurrent import UnpackableLayers, UnpackRecurrent
 from tdfx.passes.verify import relative_difference
 from tdfx.pt2 import load_program
-from tdfx.records.capture import Capture
+from tdfx.records.capture import AUTO, EXPORT, FX, INPLACE, TIERS, Capture
 from tdfx.records.layer import Skipped
 from tdfx.signature import Signature, with_flat_call
 
 Model = nn.Module | ExportedProgram | str | Path
+Traced = TypeVar("Traced")
+
+NOT_UPDATED = "forward updates this buffer in eval mode; the result does not"
 
 # Allowed between the model's outputs and the normalized graph's; folding BatchNorm rounds weights anew.
 RTOL = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -53,6 +58,7 @@ def capture(
     *,
     dynamic: Dynamic = BATCH,
     trainable: bool = False,
+    capture: str = AUTO,
 ) -> Capture:
     """Captures a model's graph and normalizes it: BatchNorm folded, Dropout and Identity dropped, linear layers merged.
 
@@ -61,7 +67,9 @@ def capture(
 
     The model is copied; its weights, buffers, hooks and train flags stay as they are. The graph is of eval mode. It
     comes from symbolic tracing ("fx"), or, where that fails or sees fewer layers, from torch.export ("export") with the
-    sizes free that ``dynamic`` names, and all others those of the example inputs.
+    sizes free that ``dynamic`` names, and all others those of the example inputs. A model that neither takes, as one
+    whose control flow depends on values, has no graph: its own forward runs as Python on the copy ("inplace"), its
+    layers are watched and replaced there, and BatchNorm and Dropout stay.
 
     Args:
         model: a module, an ``ExportedProgram``, or the path of a ``.pt2`` file with one.
@@ -73,6 +81,7 @@ def capture(
             dimensions besides it by argument, as ``{"input_ids": {1: "sequence"}}``, with None for one that is fixed;
             or None for no such size. Of each name another size is tried on model and graph.
         trainable: keep BatchNorm and Dropout and merge nothing, so that the result trains as the original would.
+        capture: "auto", or "fx", "export" or "inplace" for that way and no other.
 
     Returns:
         The normalized graph in ``.module``, with what later stages need to know of the model as given.
@@ -83,11 +92,18 @@ def capture(
             ran.
         OptionError: ``dynamic`` is not understood.
         WeightError: a parameter holds NaN or Inf, or a buffer NaN.
-        CaptureError: the model cannot be copied or traced; names the construct.
+        OptionError: ``capture`` is not understood.
+        CaptureError: the model cannot be copied, or not traced in the way asked for; names the construct.
         VerificationError: the graph does not compute what the model does.
     """
     check_dynamic(dynamic)
+    if capture not in TIERS:
+        raise OptionError(f"capture is {capture!r}; expected one of {', '.join(map(repr, TIERS))}")
     model, program = _module(model)
+    if program is not None and capture not in (AUTO, EXPORT):
+        raise CaptureError(
+            f"model is an exported program, a graph of its own; expected capture 'auto', found {capture!r}"
+        )
     if program is not None and example_inputs is None and not example_kwargs:
         example_inputs, example_kwargs = program.example_inputs or (None, None)
     if program is not None and isinstance(dynamic, Mapping):
@@ -111,19 +127,28 @@ def capture(
         original, notes = _isolated(model, keep_hooks=True)
         network = _flat(original, signature)
         reference = _run_model(network, args, kwargs)
-    notes = (*notes, *_buffer_notes(original, buffers), *_constant_notes(signature))
+    notes = (*notes, *_constant_notes(signature))
+    changed = _restore_buffers(original, buffers)
     trials = _trials(network, signature, dynamic, args, kwargs)
     unpacked = unpack_attention(network, trainable=trainable)
     if program is None:
-        tier, traced, tier_notes = _trace(unpacked, args, kwargs, trials)
+        tier, traced, tier_notes = _trace(unpacked, args, kwargs, trials, capture)
     else:
-        tier, traced, tier_notes = "export", _lift(original, original), ()
+        tier, traced, tier_notes = EXPORT, _lift(original, original), ()
     inputs = bind(traced, args, kwargs)
-    plain = traced if trainable else normalize(traced, inputs)
-    module = _unpacked(plain, inputs, trainable)
-    if trainable:
-        notes = (*notes, *_train_notes(unpacked, module))
-    merged = MergedLayers().run(plain)
+    merged: tuple[Skipped, ...] = ()
+    if isinstance(traced, InPlace):
+        plain: fx.GraphModule = traced
+        module = plain
+        hidden = not_called(traced, args, kwargs)
+        notes = (*notes, *(() if trainable else kept_batch_norms(unpacked)))
+    else:
+        plain = traced if trainable else normalize(traced, inputs)
+        module = _unpacked(plain, inputs, trainable)
+        merged = MergedLayers().run(plain)
+        hidden = (*_unseen(unpacked, traced), *merged, *_remaining_batch_norms(plain, inputs, trainable))
+        notes = (*notes, *(f"{name}: {NOT_UPDATED}" for name in changed))
+        notes = (*notes, *(_train_notes(unpacked, module) if trainable else ()))
     workloads = count(network, args, kwargs)
     return Capture(
         original=original,
@@ -139,8 +164,8 @@ def capture(
         weight_bytes=sum(parameter.nbytes for parameter in model.parameters()),
         structure=structure,
         weights=weights,
-        skipped=(*_unseen(unpacked, traced), *merged, *_remaining_batch_norms(module, inputs, trainable)),
-        max_rel_diff=_compare(reference, run(module, args, kwargs)),
+        skipped=hidden,
+        max_rel_diff=_compare(reference, run_plain(module, args, kwargs)),
         notes=(*notes, *tier_notes, *trials.notes),
         signature=signature,
     )
@@ -258,14 +283,47 @@ def _trials(
 
 
 def _trace(
+    model: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor], trials: _Trials, tier: str
+) -> tuple[str, fx.GraphModule, tuple[str, ...]]:
+    """Tier, graph and notes, of the tier asked for or of the first one that takes the model."""
+    if tier == FX:
+        return FX, trials.check(_lift(_forced(FX, symbolic_trace, model, args, kwargs), model)), ()
+    if tier == EXPORT:
+        exported, notes = _forced(EXPORT, export_trace, model, args, kwargs, trials.free)
+        return EXPORT, trials.check(_lift(exported, model)), notes
+    found: tuple[str, ...] = ()
+    if tier == AUTO:
+        try:
+            return _trace_graph(model, args, kwargs, trials)
+        except CaptureError as error:
+            found = (f"captured in place, where forward stays Python code: {error}",)
+    return INPLACE, trials.check(capture_in_place(model, args, kwargs, run_plain(model, args, kwargs))), found
+
+
+def _forced(tier: str, trace: Callable[..., Traced], *given: Any) -> Traced:
+    """What a way of tracing returns.
+
+    Raises:
+        CaptureError: it fails; says what else to try.
+    """
+    try:
+        return trace(*given)
+    except CaptureError as error:
+        other = EXPORT if tier == FX else FX
+        raise CaptureError(
+            f"capture={tier!r}: {error}; or try capture={other!r}, or capture={INPLACE!r}, which needs no graph"
+        ) from error
+
+
+def _trace_graph(
     model: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor], trials: _Trials
 ) -> tuple[str, fx.GraphModule, tuple[str, ...]]:
-    """Tier, graph and notes: symbolic tracing if it sees all layers, or else torch.export if that sees more of them."""
+    """Symbolic tracing if it sees all layers, or else torch.export if that sees more of them."""
     traced, problem = None, None
     try:
         traced = trials.check(_lift(symbolic_trace(model, args, kwargs), model))
         if len(_layers(traced)) >= _count_called(model, args, kwargs) and not _calls_opaque(traced):
-            return "fx", traced, ()
+            return FX, traced, ()
     except CaptureError as error:
         problem = error
     try:
@@ -273,11 +331,11 @@ def _trace(
         lifted = trials.check(_lift(exported, model))
     except CaptureError as error:
         if traced is not None:
-            return "fx", traced, (f"symbolic tracing does not see all layers, and {error}",)
+            return FX, traced, (f"symbolic tracing does not see all layers, and {error}",)
         raise CaptureError(f"{problem}. {error}") from error
     if traced is not None and len(_layers(traced)) >= len(_layers(lifted)):
-        return "fx", traced, ()
-    return "export", lifted, notes
+        return FX, traced, ()
+    return EXPORT, lifted, notes
 
 
 def _lift(operators: nn.Module, model: nn.Module) -> fx.GraphModule:
@@ -308,8 +366,7 @@ def _count_called(model: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[st
     layers = [module for module in model.modules() if has_stock_forward(module)]
     handles = [layer.register_forward_hook(lambda module, *_: called.add(module)) for layer in layers]
     try:
-        with plain_attention():
-            run(model, args, kwargs)
+        run_plain(model, args, kwargs)
     finally:
         for handle in handles:
             handle.remove()
@@ -323,8 +380,7 @@ def _run_model(model: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, 
                 f"example input {name} of shape {tuple(value.shape)} is empty; nothing could be verified on it"
             )
     try:
-        with plain_attention():
-            outputs = run(model, args, kwargs)
+        outputs = run_plain(model, args, kwargs)
     except Exception as error:
         shapes = ", ".join(f"{tuple(value.shape)} {value.dtype}" for value in (*args, *kwargs.values()))
         raise InputError(
@@ -367,14 +423,20 @@ def _refuse(name: str, values: Tensor, bad: Tensor, what: str) -> None:
         )
 
 
-def _buffer_notes(model: nn.Module, before: Mapping[str, Tensor]) -> tuple[str, ...]:
-    """What forward does to buffers, which a graph does not repeat; they are set back to what they were."""
+def run_plain(model: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor]) -> list[Tensor]:
+    """Output tensors, without torch's fast path for transformer layers."""
+    with plain_attention():
+        return run(model, args, kwargs)
+
+
+def _restore_buffers(model: nn.Module, before: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """Names of the buffers that forward writes to, which a graph does not repeat; they are set back."""
     changed = []
     for name, buffer in model.named_buffers():
         if name in before and not torch.equal(buffer, before[name]):
             changed.append(name)
             buffer.copy_(before[name])
-    return tuple(f"{name}: forward updates this buffer in eval mode; the result does not" for name in changed)
+    return tuple(changed)
 
 
 def _constant_notes(signature: Signature) -> tuple[str, ...]:

@@ -16,13 +16,15 @@ from tdfx.inputs import Inputs
 from tdfx.metrics import LOSS
 from tdfx.moments import Moments
 from tdfx.progress import Report as ProgressReport
+from tdfx.records.capture import AUTO
 from tdfx.records.latency import LatencyTable, Runtime
 from tdfx.records.plan import MEASURED
 from tdfx.records.profile import Profile
 from tdfx.records.result import Result
 from tdfx.stages.apply import carry_out, check_verify
 from tdfx.stages.calibrate import calibrate
-from tdfx.stages.capture import Model, capture
+from tdfx.stages.capture import Model
+from tdfx.stages.capture import capture as capture_model
 from tdfx.stages.guard import carry_out_measured, check_guard, limits_latency
 from tdfx.stages.latency import check_runtime, measure_latency, measured_rank_grid, with_latency
 from tdfx.stages.plan import plan, read_budget
@@ -56,6 +58,7 @@ def compress(
     latency: LatencyTable | None = None,
     rank_multiple: int | None = None,
     trainable: bool = False,
+    capture: str = AUTO,
     verify: str = "plan",
     seed: int = 0,
     minimize: str = "flops",
@@ -98,6 +101,7 @@ def compress(
         rank_multiple: None for the target's grid, that of the runtime where latency is measured, or free ranks with
             ``ranks``; 1 for free ranks.
         trainable: keep BatchNorm and Dropout for fine-tuning.
+        capture: as for ``capture``.
         verify: "plan", or "full" to check every method at full rank too.
         seed: of the decompositions; same inputs and seed give the same result on the same machine.
         minimize: with a drop, what the network is to be cheapest in: "flops", "macs", "params", "bytes" or "latency".
@@ -130,7 +134,9 @@ def compress(
     check_runtime(runtime)
     timings: dict[str, float] = {}
     with timed(timings, "capture"):
-        captured = capture(model, example_inputs, example_kwargs, dynamic=dynamic, trainable=trainable)
+        captured = capture_model(
+            model, example_inputs, example_kwargs, dynamic=dynamic, trainable=trainable, capture=capture
+        )
     if isinstance(calibration, Moments | None):
         moments = calibration
     else:

@@ -76,6 +76,7 @@ def plan(
         notes=_caveats(chosen, asked, ruled=parsed is None),
         corrected=profile.corrected,
         moments=profile.moments,
+        capture=profile.capture,
     )
 
 

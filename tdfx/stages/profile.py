@@ -118,6 +118,7 @@ def profile(
         rank_rule=None if rule is None else str(rule),
         corrected=correct,
         moments=None if moments is None else moments.fingerprint,
+        capture=captured.tier,
     )
 
 

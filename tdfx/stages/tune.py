@@ -27,6 +27,7 @@ from tdfx.inputs import run
 from tdfx.leftovers import remove_leftovers
 from tdfx.passes.capture import isolate
 from tdfx.passes.flatten_call import FlattenCall
+from tdfx.passes.in_place import InPlace
 from tdfx.precision import at_least_float32
 from tdfx.progress import Report as ProgressReport
 from tdfx.progress import reporter
@@ -171,10 +172,11 @@ def _teacher(result: Result, original: nn.Module | None) -> nn.Module:
 
 def _graph(result: Result) -> fx.GraphModule:
     """The result as what takes tensors alone."""
+    names = [spec.name for spec in result.report.inputs]
+    named = [name for name in names if name is not None]
     if not isinstance(result.module, fx.GraphModule):
-        raise InputError(f"the result's module is a {type(result.module).__name__}; expected a torch.fx.GraphModule")
-    named = tuple(spec.name for spec in result.report.inputs if spec.name is not None)
-    return result.module if len(named) < len(result.report.inputs) else FlattenCall(named).run(result.module)
+        return InPlace.of(result.module, names.count(None), named)
+    return result.module if len(named) < len(names) else FlattenCall(tuple(named)).run(result.module)
 
 
 def _lesson(

@@ -84,20 +84,21 @@ class Everything(nn.Module):
 
 
 @pytest.mark.parametrize("trainable", [False, True])
-@pytest.mark.parametrize("fails", [False, True])
-def test_the_model_is_left_bit_for_bit_as_it_was(trainable: bool, fails: bool) -> None:
-    model, fired = Everything(branch=fails), []
+@pytest.mark.parametrize("case", ["taken", "fails", "in place"])
+def test_the_model_is_left_bit_for_bit_as_it_was(trainable: bool, case: str) -> None:
+    model, fired = Everything(branch=case != "taken"), []
     model(X).sum().backward()
     model.norm.eval()
     model.register_forward_hook(lambda *args: fired.append("forward"))
     model.conv.register_forward_pre_hook(lambda *args: fired.append("pre"))
     model.head.register_full_backward_hook(lambda *args: fired.append("backward"))
     before, x, state = snapshot(model), X.clone(), torch.random.get_rng_state()
-    if fails:
+    if case == "fails":
         with pytest.raises(CaptureError, match=r"test_capture.py:\d+ in forward: `if self.branch and x.sum\(\) > 0:`"):
-            capture(model, x, trainable=trainable)
+            capture(model, x, trainable=trainable, capture="fx")
     else:
         captured = capture(model, x, trainable=trainable)
+        assert captured.tier == ("fx" if case == "taken" else "inplace")
         held = {value.data_ptr() for value in model.state_dict().values()}
         assert held.isdisjoint(value.data_ptr() for value in captured.module.state_dict().values())
         assert held.isdisjoint(value.data_ptr() for value in captured.original.state_dict().values())

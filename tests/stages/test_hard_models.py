@@ -85,7 +85,8 @@ def test_an_update_in_place_reaches_every_name_of_the_tensor() -> None:
 
 def test_autocast_in_forward_is_refused_by_name() -> None:
     with pytest.raises(tdfx.CaptureError, match=r"test_hard_models.py:\d+ in forward: .*autocast.*"):
-        capture(Autocast(), IMAGE)
+        capture(Autocast(), IMAGE, capture="fx")
+    assert capture(Autocast(), IMAGE).tier == "inplace"
 
 
 def test_a_graph_that_returns_another_dtype_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,7 +157,6 @@ def on_meta() -> nn.Module:
     [
         (nan_statistics, IMAGE, tdfx.WeightError, "layer 1: 1 of 32 values of 1.running_var are NaN"),
         (on_meta, IMAGE, tdfx.InputError, "0.weight has no values, only a shape: it is on the meta device"),
-        (NamedGraph, IMAGE, tdfx.CaptureError, "NamedGraph cannot be captured.*child module 'graph'"),
         (lambda: nn.Sequential(nn.Conv2d(16, 32, 3)), IMAGE[:0], tdfx.InputError, r"example input \[0\] .* is empty"),
         (
             lambda: nn.Sequential(nn.Conv2d(16, 32, 3)),
@@ -171,6 +171,15 @@ def test_refusals_say_what_is_wrong(
 ) -> None:
     with pytest.raises(error, match=message):
         capture(factory(), example)
+
+
+def test_a_layer_called_as_something_of_torch_fx_is_compressed_in_place() -> None:
+    with pytest.raises(tdfx.CaptureError, match=r"NamedGraph cannot be captured.*child module 'graph'"):
+        capture(NamedGraph(), IMAGE, capture="fx")
+    model = NamedGraph().eval()
+    result = compress(model, IMAGE, budget="flops=60%", methods=METHODS)
+    assert [candidate.site for candidate in result.plan.candidates] == ["graph"]
+    assert result.report.tier == "inplace"
 
 
 def test_torchscript_is_refused() -> None:
