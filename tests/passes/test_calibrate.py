@@ -54,6 +54,21 @@ def looped_rows(value: Tensor, layer: Any) -> Tensor:
     return torch.stack(rows)
 
 
+def looped_transposed_rows(value: Tensor, layer: Any) -> Tensor:
+    """Inputs that each output position adds up, the kernel's elements in reverse order, zero where there is none."""
+    with torch.no_grad():
+        sizes = layer(value).shape[2:]
+    kernel = list(itertools.product(*map(range, layer.kernel_size)))[::-1]
+    rows = torch.zeros(len(value), *sizes, value.shape[1], len(kernel), dtype=value.dtype)
+    for source in itertools.product(*map(range, value.shape[2:])):
+        for tap, element in enumerate(kernel):
+            options = zip(source, element, layer.stride, layer.dilation, layer.padding, strict=True)
+            place = tuple(at * s + k * d - p for at, k, s, d, p in options)
+            if all(0 <= at < size for at, size in zip(place, sizes, strict=True)):
+                rows[(slice(None), *place, slice(None), tap)] = value[(slice(None), slice(None), *source)]
+    return rows.flatten(-2).flatten(0, -2)
+
+
 def assert_moments(found: SiteMoments, rows: Tensor, rtol: float = 1e-6) -> None:
     mean = rows.mean(0)
     covariance = (rows - mean).T @ (rows - mean) / len(rows)
@@ -83,6 +98,27 @@ def test_moments_of_convolutions(name: str, batch: int) -> None:
     found = moments(nn.Sequential(layer.double()), value, ["0"], batch=batch)["0"]
     assert_moments(found, looped_rows(value, layer))
     assert found.out_cov is None
+
+
+TRANSPOSED = {
+    "1d": (nn.ConvTranspose1d(3, 4, 3, 3, 1, 2, dilation=2), (4, 3, 5)),
+    "2d": (nn.ConvTranspose2d(3, 4, 4, 2, 1), (4, 3, 3, 2)),
+    "2d gaps": (nn.ConvTranspose2d(3, 4, (1, 2), 3, output_padding=(2, 1)), (4, 3, 3, 2)),
+    "2d cropped": (nn.ConvTranspose2d(3, 4, (3, 2), (1, 3), (3, 2), (0, 1)), (4, 3, 6, 4)),
+    "3d": (nn.ConvTranspose3d(2, 3, (2, 3, 1), (1, 2, 1), (1, 1, 0)), (3, 2, 3, 2, 3)),
+}
+
+
+@pytest.mark.parametrize("name", TRANSPOSED)
+@pytest.mark.parametrize("batch", [3, 99])
+def test_moments_of_transposed_convolutions(name: str, batch: int) -> None:
+    layer, shape = TRANSPOSED[name]
+    value = draw(*shape)
+    found = moments(nn.Sequential(layer.double()), value, ["0"], lambda output: output.square().sum(), batch)["0"]
+    assert_moments(found, looped_transposed_rows(value, layer))
+    gradients = 2 * layer(value).detach().movedim(1, -1).flatten(0, -2)
+    assert found.out_cov is not None
+    torch.testing.assert_close(found.out_cov.double(), gradients.T @ gradients / len(value), rtol=1e-6, atol=1e-6)
 
 
 GROUPED = {
@@ -261,6 +297,9 @@ def test_the_model_its_inputs_and_the_random_state_stay() -> None:
         (nn.Conv2d(2, 3, 1), (4, 2, 6, 6), 4 * 36),
         (nn.Conv2d(2, 3, 5), (4, 2, 6, 6), 4),  # one a sample at least
         (nn.Linear(2, 3), (4, 7, 2), 4 * 7),
+        (nn.ConvTranspose2d(2, 3, 4, 2, 1), (4, 2, 6, 6), 4 * 36 // 4),  # in 2 x 2 windows of each phase
+        (nn.ConvTranspose2d(2, 3, 2, 2), (4, 2, 6, 6), 4 * 36),
+        (nn.ConvTranspose2d(2, 3, 1, 3), (4, 2, 6, 6), 4 * 256 // 9),  # nothing to see in most of 16 x 16 positions
     ],
 )
 def test_values_in_overlapping_windows_are_observed_once(
