@@ -24,7 +24,7 @@ from tdfx.records.cost import Cost
 from tdfx.records.layer import Rank, Site, Skipped
 from tdfx.scoring import Scoring
 from tdfx.selection import Selection
-from tdfx.targets import Target, layer_cost
+from tdfx.targets import Target, layer_cost, site_cost
 from tdfx.version import VERSION
 from tdfx.weights import weight_of
 
@@ -83,7 +83,7 @@ class FindCandidates(AnalysisPass[tuple[tuple[Candidate, ...], tuple[Skipped, ..
         obstacle = self.scoring.obstacle(site)
         if obstacle is not None:
             return (), f"{metric} needs moments of its inputs: {obstacle}"
-        dense = Candidate(site.name, DENSE, (), layer_cost(site.layer, self.target), 0.0, metric)
+        dense = Candidate(site.name, DENSE, (), site_cost(site, self.target), 0.0, metric)
         factored, reasons = self._factored(site, weight, dense.cost, pinned)
         if pinned is not None and not factored:
             raise OptionError(f"overrides: no method takes rank {format_rank(pinned)} at {site.name}: {reasons}")
@@ -140,7 +140,7 @@ class FindCandidates(AnalysisPass[tuple[tuple[Candidate, ...], tuple[Skipped, ..
         self, method: Decomposition, site: Site, weight: Tensor, ranks: tuple[Rank, ...], form: Metric | None
     ) -> list[float]:
         code = sources_digest("tdfx.decompositions")
-        covariances = () if form is None else (form.in_cov, form.out_cov)
+        covariances = () if form is None else form.tensors
         digests = tuple(None if tensor is None else tensor_digest(tensor) for tensor in (weight, *covariances))
         key = (VERSION, torch.__version__, code, method.name, site.layer.groups, digests, ranks, self.seed)
         return self.cache.get(key, len(ranks), lambda: method.errors(weight, ranks, form, seed=self.seed))
@@ -157,8 +157,8 @@ class FindCandidates(AnalysisPass[tuple[tuple[Candidate, ...], tuple[Skipped, ..
 
 
 def chain_cost(method: Decomposition, site: Site, rank: Rank, target: Target | None) -> Cost:
-    """Cost of the chain that a method puts in a site's place."""
-    first, *others = (layer_cost(layer, target) for layer in method.chain(site, rank))
+    """Cost of the chains that a method puts in a site's place."""
+    first, *others = (layer_cost(layer, target) for chain in method.chains(site, rank) for layer in chain)
     return sum(others, start=first)
 
 

@@ -21,7 +21,7 @@ SUMS = (*ADDITIONS, ATEN.add.Tensor, ATEN.add_.Tensor)
 
 @dataclass(frozen=True)
 class FusedOperators(AnalysisPass[dict[str, tuple[Fused, ...]]]):
-    """What follows every call of a site's layer, by site.
+    """What follows every call of a site's layers, by name of the layer.
 
     Attributes:
         sites: the layers of interest.
@@ -32,7 +32,7 @@ class FusedOperators(AnalysisPass[dict[str, tuple[Fused, ...]]]):
     metas: dict[str, TensorMeta]
 
     def apply(self, graph_module: fx.GraphModule) -> dict[str, tuple[Fused, ...]]:
-        found: dict[str, tuple[Fused, ...]] = {site.name: () for site in self.sites}
+        found: dict[str, tuple[Fused, ...]] = {layer.name: () for site in self.sites for layer in site.layers}
         for node in graph_module.graph.nodes:
             if node.op == "call_module" and node.target in found:
                 found[node.target] = (*found[node.target], self._follows(graph_module, node))

@@ -14,7 +14,7 @@ from tdfx.passes.shape_prop import Shapes
 from tdfx.passes.sharing import sharers
 from tdfx.passes.unpack_recurrent import obstacle
 from tdfx.records.layer import ITEMSIZE, Call, Kind, LayerSpec, Lookup, Site, Skipped
-from tdfx.weights import LOOKUPS, ConvTranspose
+from tdfx.weights import LOOKUPS, ConvTranspose, bias_of
 
 KINDS: dict[type[nn.Module], Kind] = {
     nn.Linear: "linear",
@@ -27,6 +27,8 @@ KINDS: dict[type[nn.Module], Kind] = {
     nn.Embedding: "embedding",
     nn.EmbeddingBag: "embeddingbag",
 }
+TIED = (nn.Linear, *LOOKUPS)
+"""Layers that may share a weight, as embedding and head of a language model do."""
 DEPTHWISE_KERNEL = 5
 """In two directions: two vectors of 3 have two thirds of the elements of 3 x 3, and take a pass more."""
 
@@ -43,14 +45,22 @@ class FindSites(AnalysisPass[tuple[tuple[Site, ...], tuple[Skipped, ...]]]):
 
     def apply(self, graph_module: fx.GraphModule) -> tuple[tuple[Site, ...], tuple[Skipped, ...]]:
         sites, skipped = [], []
-        for name, calls in self.shapes.calls.items():
-            if not has_weight_matrix(graph_module.get_submodule(name)):
-                continue
+        calls = {
+            name: tuple(made)
+            for name, made in self.shapes.calls.items()
+            if has_weight_matrix(graph_module.get_submodule(name))
+        }
+        for name in calls:
+            others = sharers(graph_module, name)
             reason = _obstacle(graph_module, name, self.shapes)
-            if reason is None:
-                sites.append(Site.of(layer_spec(name, layer_at(graph_module, name), tuple(calls))))
-            else:
+            tied = tuple(other for other in calls if other == name or other in others)
+            if reason is None and others and not _is_tie(graph_module, tied, others, self.shapes):
+                reason = f"it shares parameters with {', '.join(others)}; a chain for one of them would break the tie"
+            if reason is not None:
                 skipped.append(Skipped(name, reason))
+            elif tied[0] == name:
+                first, *rest = (layer_spec(layer, layer_at(graph_module, layer), calls[layer]) for layer in tied)
+                sites.append(Site(name, (first, *(replace(layer, tied=True) for layer in rest)), first.kind))
         return tuple(sites), (*skipped, *_raw_parameters(graph_module))
 
 
@@ -123,10 +133,21 @@ def _obstacle(graph_module: fx.GraphModule, name: str, shapes: Shapes) -> str | 
         return f"a depthwise {size} convolution is cheap already; kernels of {least} and more are decomposed"
     if isinstance(module, ConvTranspose) and name in shapes.further:
         return "it is called with output_size, which a chain does not take; give the layer output_padding instead"
-    others = sharers(graph_module, name)
-    if others:
-        return f"it shares parameters with {', '.join(others)}; a chain for one of them would break the tie"
     return None
+
+
+def _is_tie(graph_module: fx.GraphModule, layers: tuple[str, ...], others: tuple[str, ...], shapes: Shapes) -> bool:
+    """Whether nobody but these linear layers and embeddings reads their weight, and they share no more than that."""
+    modules = [layer_at(graph_module, name) for name in layers]
+    biases = [id(bias) for module in modules if (bias := bias_of(module)) is not None]
+    return (
+        not isinstance(graph_module, InPlace)
+        and len(layers) == 1 + len(others)
+        and all(isinstance(module, TIED) and module.weight is modules[0].weight for module in modules)
+        and len(set(biases)) == len(biases)
+        and all(_obstacle(graph_module, name, shapes) is None for name in layers)
+        and all({name, *sharers(graph_module, name)} == {*layers} for name in layers)
+    )
 
 
 def _obstacle_to_lookup(module: nn.Embedding | nn.EmbeddingBag) -> str | None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from tdfx.chains import Solved
+from tdfx.chains import Solved, replacements_of
 from tdfx.contained import reason
 from tdfx.divergence import OUTPUTS, divergence, resolve_output
 from tdfx.inputs import run
@@ -120,7 +120,7 @@ def correct_batch_norms(
 
 def spliced(graph_module: fx.GraphModule, solved: Mapping[str, Solved]) -> fx.GraphModule:
     """The graph with chains in place of the solved layers."""
-    return Factorize({name: entry.replacement() for name, entry in solved.items()}).run(graph_module)
+    return Factorize(replacements_of(solved)).run(graph_module)
 
 
 def _affordable(captured: Capture) -> int:

@@ -1,4 +1,4 @@
-"""The matrix that an embedding's table is multiplied with: a row for each output, one-hot or a sum of such rows."""
+"""The matrix that an embedding's table is multiplied with: a row for each output, one-hot or a sum of one-hot rows."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ class Moments:
     """Moments of all sites, made by ``calibrate``.
 
     Attributes:
-        sites: by name of the site.
+        sites: by name of the layer.
         skipped: sites without moments, with reasons.
         samples: number of samples that were seen.
         output: what the loss took outputs for: "logits", "values" or "labels" (the caller's own loss); None without.

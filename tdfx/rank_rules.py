@@ -154,7 +154,7 @@ def _by_parameters(method: Decomposition, site: Site, kept: float) -> Rank:
         return method.clamp(site, tuple(round(step * most / steps) for most in full))
 
     def parameters(step: int) -> int:
-        return sum(math.prod(layer.weight_shape) for layer in method.chain(site, on_ray(step)))
+        return sum(math.prod(layer.weight_shape) for layer in method.chain(Site.of(site.layer), on_ray(step)))
 
     enough = bisect_left(range(steps), wanted, lo=1, key=parameters)
     return on_ray(min(max(enough - 1, 1), enough, key=lambda step: abs(parameters(step) - wanted)))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tdfx.decompositions.base import norm_in
 from tdfx.decompositions.metric import Metric
+from tdfx.decompositions.tied import TiedMetric
 from tdfx.errors import PlanError
 from tdfx.metrics import LOSS, error_of, form_of, needs_moments
 from tdfx.moments import Moments
@@ -39,15 +40,23 @@ class Scoring:
 
     def obstacle(self, site: Site) -> str | None:
         """Why the metric says nothing of a site, None if it does."""
-        if not needs_moments(self.metric) or (self.moments is not None and site.name in self.moments.sites):
+        known = {} if self.moments is None else self.moments.sites
+        missing = {layer.name for layer in site.layers} - known.keys()
+        if not needs_moments(self.metric) or not missing:
             return None
         reasons = () if self.moments is None else self.moments.skipped
-        return next((entry.reason for entry in reasons if entry.layer == site.name), "it has no moments")
+        return next((entry.reason for entry in reasons if entry.layer in missing), "it has no moments")
 
     def form(self, site: Site, *, shrink: bool = True) -> Metric | None:
         """What the site's factors are solved in, or without ``shrink`` judged by; None for the Frobenius norm."""
-        moments = None if self.moments is None else self.moments.sites.get(site.name)
-        return form_of(self.metric, moments, corrected=site.name in self.means, shrink=shrink, groups=site.layer.groups)
+        known = {} if self.moments is None else self.moments.sites
+        is_corrected = site.name in self.means
+        forms = [
+            form_of(self.metric, known.get(layer.name), corrected=is_corrected, shrink=shrink, groups=layer.groups)
+            for layer in site.layers
+        ]
+        uses = [(form, site.is_turned(of)) for form, of in zip(forms, site.layers, strict=True) if form is not None]
+        return TiedMetric.of(uses) if len(uses) > 1 else forms[0]
 
     def chained(self, site: Site) -> Site:
         """The site as its chain has it, with a bias where one is corrected."""
@@ -89,7 +98,7 @@ def scoring_of(
     if not correct:
         return Scoring(metric, moments, {})
     means = InputMeans(tuple(sites), metas).run(captured.module) if moments is None else taken_means(moments)
-    return Scoring(metric, moments, means)
+    return Scoring(metric, moments, _corrected(means, sites))
 
 
 def scoring_of_stored(
@@ -102,13 +111,18 @@ def scoring_of_stored(
     if not plan.corrected:
         return Scoring(plan.metric, None, {})
     if plan.moments is None:
-        return Scoring(plan.metric, None, InputMeans(tuple(sites), metas).run(captured.module))
-    return Scoring(plan.metric, None, {site.name: torch.zeros(0) for site in sites if site.layer.lookup is None})
+        return Scoring(plan.metric, None, _corrected(InputMeans(tuple(sites), metas).run(captured.module), sites))
+    return Scoring(plan.metric, None, {site.name: torch.zeros(0) for site in sites if site.can_gain_bias})
 
 
 def taken_means(moments: Moments) -> dict[str, Tensor]:
-    """Means of the inputs that moments hold, in float64; of embeddings none, whose chains get no bias."""
-    return {name: site.mean.to(torch.float64) for name, site in moments.sites.items() if site.in_cov.dim() > 1}
+    """Means of the inputs that moments hold, in float64."""
+    return {name: site.mean.to(torch.float64) for name, site in moments.sites.items()}
+
+
+def _corrected(means: Mapping[str, Tensor], sites: Sequence[Site]) -> dict[str, Tensor]:
+    """The means of those sites whose bias is corrected."""
+    return {site.name: means[site.name] for site in sites if site.can_gain_bias and site.name in means}
 
 
 def _check_moments(captured: Capture, metric: str, moments: Moments) -> None:

@@ -92,9 +92,9 @@ class Selection:
 
     def reason_to_skip(self, site: Site) -> Skipped | None:
         """Why the user leaves this site alone, if so."""
-        if self.include and not _matches(site.name, self.include):
+        if self.include and not _matches(site, self.include):
             return Skipped(site.name, f"not among include ({', '.join(self.include)})")
-        if _matches(site.name, self.exclude):
+        if _matches(site, self.exclude):
             return Skipped(site.name, f"excluded ({', '.join(self.exclude)})")
         if self._wishes(site).get("skip"):
             return Skipped(site.name, "skipped by overrides")
@@ -113,7 +113,7 @@ class Selection:
     def _wishes(self, site: Site) -> dict[str, Any]:
         wishes: dict[str, Any] = {}
         for glob, values in self.overrides.items():
-            if fnmatchcase(site.name, glob):
+            if _matches(site, [glob]):
                 wishes.update(values)
         return wishes
 
@@ -132,8 +132,9 @@ def as_rank(value: object, what: str) -> Rank:
     return tuple(int(r) for r in entries)
 
 
-def _matches(name: str, globs: Sequence[str]) -> bool:
-    return any(fnmatchcase(name, glob) for glob in globs)
+def _matches(site: Site, globs: Sequence[str]) -> bool:
+    """Whether any layer of a site is meant."""
+    return any(fnmatchcase(layer.name, glob) for layer in site.layers for glob in globs)
 
 
 def _globs(value: Collection[str] | str | None, option: str) -> tuple[str, ...]:

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from tdfx.errors import OptionError
 from tdfx.records.cost import Cost, Workload
-from tdfx.records.layer import LayerSpec
+from tdfx.records.layer import LayerSpec, Site
 from tdfx.records.reading import parse, read
 
 
@@ -198,6 +198,12 @@ def read_target(path: Path) -> Target:
     except (OSError, UnicodeDecodeError) as error:
         raise OptionError(f"target {path} cannot be read: {error}") from error
     return replace(target, name=str(path))
+
+
+def site_cost(site: Site, target: Target | None) -> Cost:
+    """Cost of all layers of a site."""
+    first, *others = (layer_cost(layer, target) for layer in site.layers)
+    return sum(others, start=first)
 
 
 def layer_cost(layer: LayerSpec, target: Target | None) -> Cost:

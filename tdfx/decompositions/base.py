@@ -56,6 +56,10 @@ class Decomposition(ABC):
     def chain(self, site: Site, rank: Rank) -> tuple[LayerSpec, ...]:
         """The layers that replace the site, first to last; names are those of the factors."""
 
+    def chains(self, site: Site, rank: Rank) -> tuple[tuple[LayerSpec, ...], ...]:
+        """A chain for each layer of a site, of which ``chain`` knows the first; the others' weights are the first's."""
+        return tuple(self.chain(Site.of(layer), rank) for layer in site.layers)
+
     @abstractmethod
     def decompose(self, weight: Tensor, rank: Rank, *, seed: int = 0) -> Factors:
         """Factors of a float64 weight at this rank, one weight per layer of ``chain``; near in the Frobenius norm."""
@@ -182,12 +186,11 @@ class Decomposition(ABC):
         return tuple(front[i] for i in spaced(0, len(front) - 1, 1, self.max_ranks))
 
     def saves(self, site: Site, rank: Rank) -> bool:
-        """Whether the chain has fewer MACs or fewer parameters than the dense layer."""
-        chain = self.chain(site, rank)
-        return (
-            sum(layer.macs for layer in chain) < site.layer.macs
-            or sum(layer.params for layer in chain) < site.layer.params
-        )
+        """Whether the chains have fewer MACs or fewer parameters than the dense layers."""
+        chain = [layer for of_layer in self.chains(site, rank) for layer in of_layer]
+        return sum(layer.macs for layer in chain) < sum(layer.macs for layer in site.layers) or sum(
+            layer.params for layer in chain
+        ) < sum(layer.params for layer in site.layers)
 
 
 def spaced(least: int, most: int, step: int, count: int) -> list[int]:

@@ -45,6 +45,11 @@ class Metric:
     groups: int = 1
 
     @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """All that the metric is made of."""
+        return self.in_cov, self.out_cov
+
+    @property
     def crosses_groups(self) -> bool:
         """Whether the differences of two groups together count other than one by one."""
         return self.groups > 1 and self.in_cov.dim() == 2 and self.out_cov is not None
@@ -163,14 +168,14 @@ def metric_svd(matrix: Tensor, metric: Metric | None) -> tuple[Tensor, Tensor, T
     root, inverse = metric.out_roots or (None, None)
     weighted = matrix if root is None else root @ matrix
     if matrix.shape[0] <= matrix.shape[1]:
-        values, vectors = torch.linalg.eigh(_times(weighted, metric.in_cov) @ weighted.T)
+        values, vectors = torch.linalg.eigh(times(weighted, metric.in_cov) @ weighted.T)
         vectors, energies = vectors.flip(-1), values.flip(-1).clamp_min(0)
         left, right = vectors, vectors.T @ weighted
     else:
         in_root, in_inverse = roots(metric.in_cov)
-        u, s, vt = thin_svd(_times(weighted, in_root))
-        left, right = u * s, _times(vt, in_inverse)
-        vectors, energies = u, s.square() * (_times(right, metric.in_cov) * right).sum(1)
+        u, s, vt = thin_svd(times(weighted, in_root))
+        left, right = u * s, times(vt, in_inverse)
+        vectors, energies = u, s.square() * (times(right, metric.in_cov) * right).sum(1)
     if inverse is not None:
         left = inverse @ left
         shares = inverse @ vectors  # of the form with G itself rather than G floored
@@ -185,7 +190,7 @@ def metric_svd(matrix: Tensor, metric: Metric | None) -> tuple[Tensor, Tensor, T
     return left * scale, right / scale[:, None], energies.clamp_min(0).sqrt()
 
 
-def _times(matrix: Tensor, other: Tensor) -> Tensor:
+def times(matrix: Tensor, other: Tensor) -> Tensor:
     """The matrix times another one, or times the matrix of a diagonal, (n,)."""
     return matrix * other if other.dim() == 1 else matrix @ other
 

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from tdfx.decompositions.base import Decomposition, Factors
 from tdfx.decompositions.chain import link, pointwise, spatial
-from tdfx.decompositions.metric import Metric, metric_svd
+from tdfx.decompositions.metric import Metric
 from tdfx.decompositions.spectrum import tail_norms, thin_svd
+from tdfx.decompositions.tied import truncated, truncation_errors
 from tdfx.records.layer import LayerSpec, Rank, Site
 
 
@@ -58,8 +59,8 @@ class SVD(Decomposition):
     ) -> Factors:
         (r,) = rank
         ones = (1,) * (weight.dim() - 2)
-        left, right, _ = metric_svd(weight.flatten(1), metric)
-        return right[:r].reshape(r, *weight.shape[1:]), left[:, :r].reshape(-1, r, *ones)
+        left, right = truncated(weight.flatten(1), metric, r)
+        return right.reshape(r, *weight.shape[1:]), left.reshape(-1, r, *ones)
 
     def filters(self, factors: Sequence[Tensor]) -> Tensor:
         return factors[0]
@@ -74,4 +75,4 @@ class SVD(Decomposition):
     def errors(
         self, weight: Tensor, ranks: Sequence[Rank], metric: Metric | None = None, *, seed: int = 0
     ) -> list[float]:
-        return tail_norms(metric_svd(weight.flatten(1), metric)[2], [r for (r,) in ranks])
+        return truncation_errors(weight.flatten(1), metric, [r for (r,) in ranks])

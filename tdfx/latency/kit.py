@@ -51,7 +51,7 @@ def kit_of(profile: Profile, fused: Mapping[str, tuple[Fused, ...]], *, with_gri
 
     Args:
         profile: sites and candidates.
-        fused: what follows each call of a site, by site.
+        fused: what follows each call of a layer, by name of the layer.
         with_grid: whether the grid of ranks is looked for too.
 
     Raises:
@@ -72,16 +72,23 @@ def kit_of(profile: Profile, fused: Mapping[str, tuple[Fused, ...]], *, with_gri
                 f"layer {site.name} is {site.layer.dtype}; latency is measured in float32 only: convert the model with "
                 ".float(), or exclude the layer"
             )
-        calls = list(enumerate(fused[site.name]))
-        dense = [added(Piece(site.layers, call, follows)) for call, follows in calls]
+        calls = [
+            (index, call, follows)
+            for index, layer in enumerate(site.layers)
+            for call, follows in enumerate(fused[layer.name])
+        ]
+        dense = [added(Piece((site.layers[index],), call, follows)) for index, call, follows in calls]
         for key in dense:
             groups.setdefault(key, {key: None})
         rows.append([site.name, DENSE, [], [(key, key) for key in dense]])
         for candidate in profile.of_site(site.name):
             if candidate.is_dense:
                 continue
-            layers = _chain(site, candidate)
-            pairs = [(dense[call], added(Piece(layers, call, follows))) for call, follows in calls]
+            chains = _chains(site, candidate)
+            pairs = [
+                (key, added(Piece(chains[index], call, follows)))
+                for key, (index, call, follows) in zip(dense, calls, strict=True)
+            ]
             for key, chain in pairs:
                 groups[key][chain] = None
             rows.append([site.name, candidate.method, list(candidate.rank), pairs])
@@ -89,8 +96,10 @@ def kit_of(profile: Profile, fused: Mapping[str, tuple[Fused, ...]], *, with_gri
     return Kit([list(keys) for keys in groups.values()], rows, profile.structure, grid, pieces)
 
 
-def _chain(site: Site, candidate: Candidate) -> tuple[LayerSpec, ...]:
+def _chains(site: Site, candidate: Candidate) -> tuple[tuple[LayerSpec, ...], ...]:
     """A candidate's layers; where biases are corrected the last has one, though the site may not."""
-    *others, last = method_for(site, candidate.method).chain(site, candidate.rank)
-    has_gained = candidate.cost.params > sum(layer.params for layer in (*others, last))
-    return (*others, replace(last, bias=last.bias or has_gained))
+    chains = method_for(site, candidate.method).chains(site, candidate.rank)
+    if candidate.cost.params == sum(layer.params for chain in chains for layer in chain):
+        return chains
+    ((*others, last),) = chains
+    return ((*others, replace(last, bias=True)),)

@@ -41,13 +41,17 @@ class Piece:
     @property
     def key(self) -> str:
         """The same for all pieces whose models are the same."""
-        alike = [asdict(replace(layer, name="", calls=(layer.calls[self.call],))) for layer in self.layers]
+        calls = [(layer.calls[self.call],) for layer in self.layers]
+        alike = [
+            asdict(replace(layer, name="", calls=call, tied=False))
+            for layer, call in zip(self.layers, calls, strict=True)
+        ]
         return hashlib.sha256(json.dumps([alike, self.fused, OPSET]).encode()).hexdigest()[:24]
 
     @property
     def weight_bytes(self) -> int:
         """Memory that its weights take once they are made."""
-        return sum(layer.weight_bytes for layer in self.layers)
+        return sum(replace(layer, tied=False).weight_bytes for layer in self.layers)
 
     @property
     def macs(self) -> int:

@@ -70,6 +70,7 @@ class LayerSpec:
         calls: shapes of every call in one run on the example inputs; of an embedding that of the indices, and output.
         output_padding: of a transposed convolution, as in torch; empty for others.
         lookup: options of an embedding; None for other kinds.
+        tied: whether its weight is that of an earlier layer of its site, and counts there.
     """
 
     name: str
@@ -87,6 +88,7 @@ class LayerSpec:
     calls: tuple[Call, ...] = ()
     output_padding: Shape = ()
     lookup: Lookup | None = None
+    tied: bool = False
 
     @property
     def is_transposed(self) -> bool:
@@ -108,7 +110,7 @@ class LayerSpec:
     @property
     def params(self) -> int:
         """Elements of weight and bias."""
-        return math.prod(self.weight_shape) + (self.out_channels if self.bias else 0)
+        return (0 if self.tied else math.prod(self.weight_shape)) + (self.out_channels if self.bias else 0)
 
     @property
     def weight_bytes(self) -> int:
@@ -172,12 +174,14 @@ class LayerSpec:
 
 @dataclass(frozen=True)
 class Site:
-    """One place to compress: usually one layer.
+    """One place to compress: usually one layer, or several that share one weight.
+
+    The weight of a Linear layer that shares it with an embedding is the embedding's transposed.
 
     Attributes:
         name: the (first) layer's qualified name; unique in a plan.
         layers: the layers that are replaced together.
-        kind: the layers' kind.
+        kind: the first layer's kind.
     """
 
     name: str
@@ -191,9 +195,17 @@ class Site:
 
     @property
     def layer(self) -> LayerSpec:
-        """The only layer of a single-layer site."""
-        (layer,) = self.layers
-        return layer
+        """The only layer, or the first of those that share its weight."""
+        return self.layers[0]
+
+    @property
+    def can_gain_bias(self) -> bool:
+        """Whether a bias may be corrected: not of an embedding, and not where layers share more than that."""
+        return len(self.layers) == 1 and self.layer.lookup is None
+
+    def is_turned(self, layer: LayerSpec) -> bool:
+        """Whether a layer's weight is the first one's transposed."""
+        return (layer.lookup is None) != (self.layer.lookup is None)
 
 
 @dataclass(frozen=True)

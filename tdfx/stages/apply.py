@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx, nn
 
-from tdfx.chains import Solved, solve
+from tdfx.chains import Solved, biases_of, replacements_of, solve
 from tdfx.correction import Unfit, correct_batch_norms, correct_spread
 from tdfx.decompositions import method_for, registry
 from tdfx.decompositions.base import Factors
@@ -48,7 +48,7 @@ from tdfx.signature import Signature, without_flat_call
 from tdfx.stages.capture import RTOL, Model
 from tdfx.stages.capture import capture as capture_model
 from tdfx.stages.profile import cost_before, rest_cost
-from tdfx.targets import Target, find_target, layer_cost
+from tdfx.targets import Target, find_target, site_cost
 from tdfx.version import VERSION
 from tdfx.weights import bias_of, relaid
 
@@ -155,7 +155,7 @@ def carry_out(
             solved, outcome = correct_spread(captured, solved, samples, output)
         except Unfit as error:
             notes += (f"the spread of outputs was not corrected: {error}",)
-    replacements = {name: entry.replacement() for name, entry in solved.items()}
+    replacements = replacements_of(solved)
     # Recurrent layers that no chain belongs to stay as they are.
     dense = UnpackRecurrent(frozenset(map(packed_name, replacements)), plan.trainable).run(captured.plain)
     factorized = Factorize(replacements).run(dense)
@@ -297,7 +297,8 @@ def _solved(
     bias = bias_of(layer)
     if chained.layer.bias and bias is None:
         bias = nn.Parameter(layer.weight.new_zeros(chained.layer.out_channels))  # loaded with the rest
-    return Solved(chained, method, candidate.rank, found, bias, trains=bool(layer.weight.requires_grad))
+    trains = bool(layer.weight.requires_grad)
+    return Solved(chained, method, candidate.rank, found, bias, trains, biases_of(module, site))
 
 
 def _carried_out(
@@ -312,7 +313,7 @@ def _carried_out(
 ) -> Candidate:
     """The candidate with its cost and error as they are; the error as stated where the factors were given."""
     if solved is None:
-        return replace(candidate, rank=(), cost=layer_cost(site.layer, target), error=0.0, caveat="")
+        return replace(candidate, rank=(), cost=site_cost(site, target), error=0.0, caveat="")
     cost = chain_cost(solved.method, solved.site, candidate.rank, target)
     if given:
         return replace(candidate, cost=cost)

@@ -113,10 +113,11 @@ def calibrate(
         total = _steps(data, replay) * len(groups)
         for index, group in enumerate(groups):
             known = {*moments.sites, *(entry.layer for entry in moments.skipped)}
-            if group and known >= {site.name for site in group}:
+            layers = [layer for site in group for layer in site.layers]
+            if group and known >= {layer.name for layer in layers}:
                 continue
             drawn = None if found is None else OutputLoss(found, loss, seed)
-            sums = {site.name: Sums.of(site.layer, gradients=found is not None) for site in group}
+            sums = {layer.name: Sums.of(layer, gradients=found is not None) for layer in layers}
             sweep = cache.resumed(Sweep(sums, drawn, seed, full=bool(moments.inputs)))
             for batch in replay.read(sweep.batches):
                 sweep.add(module, fitted(batch, replay.placeholders, example))
@@ -286,8 +287,11 @@ def _groups(sites: Sequence[Site], limit: int, gradients: bool) -> tuple[list[li
     groups: list[list[Site]] = [[]]
     skipped, used = [], 0
     for site in sites:
-        n, out = site.layer.in_channels * math.prod(site.layer.kernel_size), site.layer.out_channels
-        needed = 8 * (math.prod(covariance_shape(site.layer, gradients)) + (out * out if gradients else 0))
+        n = max(layer.in_channels * math.prod(layer.kernel_size) for layer in site.layers)
+        needed = 8 * sum(
+            math.prod(covariance_shape(layer, gradients)) + (layer.out_channels**2 if gradients else 0)
+            for layer in site.layers
+        )
         if needed > limit:
             reason = (
                 f"the covariance of its {n} inputs takes {_shown(needed)}; memory_limit is {_shown(limit)}, raise it"

@@ -28,7 +28,7 @@ from tdfx.records.candidate import SLOWER_MEASURED, Candidate, format_rank
 from tdfx.records.capture import Capture
 from tdfx.records.cost import Cost, whole_ns
 from tdfx.records.latency import LatencyTable, Measured, Runtime, Timing
-from tdfx.records.layer import Call
+from tdfx.records.layer import Call, Site
 from tdfx.records.plan import MEASURED, Plan
 from tdfx.records.profile import Profile
 
@@ -227,9 +227,8 @@ def _overhead(profile: Profile, network_s: float, dense_s: Mapping[str, float]) 
     elements that they read and write, as far as it leaves a part of each layer's time.
     """
     weights = {
-        site.name: sum(ELEMENTS_OF_A_CALL + math.prod(c.input_shape) + math.prod(c.output_shape) for c in layer.calls)
+        site.name: sum(ELEMENTS_OF_A_CALL + math.prod(c.input_shape) + math.prod(c.output_shape) for c in _calls(site))
         for site in profile.sites
-        for layer in (site.layer,)
     }
     most_s = {name: MOST_OVERHEAD * dense_s[name] for name in weights}
     taken_s = dict.fromkeys(weights, 0.0)
@@ -292,12 +291,12 @@ def _kit(captured: Capture, profile: Profile, *, with_grid: bool = False) -> Kit
         )
     metas = ShapeProp(bind(captured.module, captured.args, captured.kwargs)).run(captured.module)
     sites, _ = FindSites(metas).run(captured.module)
-    calls = {site.name: site.layer.calls for site in sites}
+    calls = {site.name: _calls(site) for site in sites}
     for site in profile.sites:
-        if calls.get(site.name) != site.layer.calls:
+        if calls.get(site.name) != _calls(site):
             raise PlanError(
                 f"the profile is for inputs of other shapes: layer {site.name} is called on "
-                f"{_shapes(site.layer.calls)} there, here on {_shapes(calls.get(site.name, ()))}; profile these inputs"
+                f"{_shapes(_calls(site))} there, here on {_shapes(calls.get(site.name, ()))}; profile these inputs"
             )
     fused = FusedOperators(profile.sites, metas).run(captured.module)
     return replace(kit_of(profile, fused, with_grid=with_grid), structure=timed_structure(profile))
@@ -305,8 +304,13 @@ def _kit(captured: Capture, profile: Profile, *, with_grid: bool = False) -> Kit
 
 def timed_structure(profile: Profile) -> str:
     """Fingerprint of all that times depend on but the machine: the network's structure, and shapes of its layers."""
-    about = [profile.structure, *((site.name, site.layer.calls) for site in profile.sites)]
+    about = [profile.structure, *((site.name, _calls(site)) for site in profile.sites)]
     return sha256(repr(about).encode()).hexdigest()[:32]
+
+
+def _calls(site: Site) -> tuple[Call, ...]:
+    """Of all layers of a site."""
+    return tuple(call for layer in site.layers for call in layer.calls)
 
 
 def _shapes(calls: tuple[Call, ...]) -> str:

@@ -24,7 +24,7 @@ from tdfx.records.plan import ESTIMATED, MOST_SEED
 from tdfx.records.profile import Profile
 from tdfx.scoring import scoring_of
 from tdfx.selection import Selection
-from tdfx.targets import Target, find_target, layer_cost
+from tdfx.targets import Target, find_target, site_cost
 
 
 def profile(
@@ -92,7 +92,12 @@ def profile(
     metas = ShapeProp(bind(module, captured.args, captured.kwargs)).run(module)
     sites, skipped = FindSites(metas).run(module)
     scoring = scoring_of(captured, sites, metas, find_metric(metric, moments), moments, correct)
-    selection.check([*(site.name for site in sites), *(entry.layer for entry in (*skipped, *captured.skipped))])
+    selection.check(
+        [
+            *(layer.name for site in sites for layer in site.layers),
+            *(entry.layer for entry in (*skipped, *captured.skipped)),
+        ]
+    )
     unwanted = [entry for site in sites if (entry := selection.reason_to_skip(site)) is not None]
     wanted = tuple(site for site in sites if site.name not in {entry.layer for entry in unwanted})
     with reporter(progress) as report:
@@ -132,7 +137,7 @@ def rest_cost(captured: Capture, sites: Sequence[Site], target: Target | None) -
     """Cost of the normalized model without its sites."""
     whole = total_cost(captured.module_workloads, captured.module, target)
     for site in sites:
-        whole = whole - layer_cost(site.layer, target)
+        whole = whole - site_cost(site, target)
     return whole
 
 
