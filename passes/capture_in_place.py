@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from torch import Tensor, nn
 
@@ -14,19 +14,10 @@ from tdfx.passes.stand_in import fixed_layers
 from tdfx.records.layer import Skipped
 
 
-def capture_in_place(
-    model: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor], reference: Sequence[Tensor]
-) -> InPlace:
-    """The model, isolated, as a graph of one node for calls with these inputs.
-
-    Args:
-        model: it stays as it is, and its parameters are shared.
-        args: positional example inputs.
-        kwargs: example inputs by keyword.
-        reference: the model's outputs for them.
-    """
+def capture_in_place(model: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor]) -> InPlace:
+    """An isolated model, its parameters shared, as a graph of one node for calls with such inputs."""
     module = InPlace.of(sharing(model), len(args), kwargs)
-    module.meta[FIXED] = fixed_layers(model, args, kwargs, reference)
+    module.meta[FIXED] = fixed_layers(model, args, kwargs)
     return module
 
 
@@ -38,7 +29,7 @@ def not_called(module: InPlace, args: tuple[Tensor, ...], kwargs: Mapping[str, T
         weights = [key for key, weight in part.named_parameters(recurse=False) if weight.dim() >= 2]
         if not weights or name in calls:
             continue
-        if not is_layer(part):
+        if not name or not is_layer(part):
             reason = f"a parameter of {type(part).__name__}, not of a layer; only weights of layers are compressed"
             found += [Skipped(f"{name}.{key}" if name else key, reason) for key in weights]
         else:

@@ -40,7 +40,7 @@ class LayerInterpreter(fx.Interpreter):
         assert isinstance(self.module, InPlace)
         root = sharing(self.module.root)
         for name, module in root.named_modules():
-            if is_layer(module):
+            if name and is_layer(module):
                 module.forward = partial(self._forward, name, module.forward)
         with plain_attention():
             return run_root(root, *args[1:], **kwargs)

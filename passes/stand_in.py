@@ -165,20 +165,19 @@ class _Probe(StandIn):
         return self._compute(*args, **kwargs)
 
 
-def fixed_layers(
-    model: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor], reference: Sequence[Tensor]
-) -> dict[str, str]:
+def fixed_layers(model: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor]) -> dict[str, str]:
     """The Linear and convolution layers that nothing can take the place of, with reasons; found by trying it.
 
     Args:
         model: as it is run; it stays as it is.
         args: positional example inputs.
         kwargs: example inputs by keyword.
-        reference: the model's outputs for them.
     """
     layers = {name: module for name, module in model.named_modules() if has_stock_forward(module)}
     found = {name: "it has hooks, without which the model does not run" for name in layers if has_hooks(layers[name])}
     names = layers.keys() - found.keys()
+    with plain_attention():
+        reference = run(sharing(model), args, kwargs)
     try:
         return found | _tried(model, names, args, kwargs, reference)
     except Exception:

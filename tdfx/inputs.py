@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from tdfx.errors import InputError
+from tdfx.passes.in_place import InPlace, sharing
 
 Inputs = Tensor | Sequence[Any]
 CONSTANTS = (int, float, bool, str, type(None))
@@ -56,8 +57,10 @@ def run(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> li
     """The module's output tensors, out of containers and dataclasses.
 
     It runs without gradients, with random numbers seeded and the caller's kept, on copies of the inputs, since a module
-    may write into what it is given.
+    may write into what it is given; where it runs in place, on one of the module too, which may write into itself.
     """
+    if isinstance(module, InPlace):
+        module = sharing(module.root)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         copies = pytree.tree_map_only(Tensor, torch.clone, (tuple(args), dict(kwargs)))

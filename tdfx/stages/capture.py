@@ -26,7 +26,7 @@ from tdfx.passes.drop_inactive import DropInactive
 from tdfx.passes.drop_unread import DropUnread
 from tdfx.passes.export_trace import export_trace, operators
 from tdfx.passes.fold_batch_norm import FoldBatchNorm, RemainingBatchNorms
-from tdfx.passes.in_place import InPlace
+from tdfx.passes.in_place import InPlace, sharing
 from tdfx.passes.layer_operators import parameter_read
 from tdfx.passes.lift_layers import LiftLayers
 from tdfx.passes.lift_modules import LiftModules
@@ -45,7 +45,7 @@ from tdfx.signature import Signature, with_flat_call
 Model = nn.Module | ExportedProgram | str | Path
 Traced = TypeVar("Traced")
 
-NOT_UPDATED = "forward updates this buffer in eval mode; the result does not"
+UPDATED = "forward updates this buffer in eval mode"
 
 # Allowed between the model's outputs and the normalized graph's; folding BatchNorm rounds weights anew.
 RTOL = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -141,13 +141,14 @@ def capture(
         plain: fx.GraphModule = traced
         module = plain
         hidden = not_called(traced, args, kwargs)
+        notes = (*notes, *(f"{name}: {UPDATED}; so does the result" for name in changed))
         notes = (*notes, *(() if trainable else kept_batch_norms(unpacked)))
     else:
         plain = traced if trainable else normalize(traced, inputs)
         module = _unpacked(plain, inputs, trainable)
         merged = MergedLayers().run(plain)
         hidden = (*_unseen(unpacked, traced), *merged, *_remaining_batch_norms(plain, inputs, trainable))
-        notes = (*notes, *(f"{name}: {NOT_UPDATED}" for name in changed))
+        notes = (*notes, *(f"{name}: {UPDATED}; the result does not" for name in changed))
         notes = (*notes, *(_train_notes(unpacked, module) if trainable else ()))
     workloads = count(network, args, kwargs)
     return Capture(
@@ -286,18 +287,18 @@ def _trace(
     model: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor], trials: _Trials, tier: str
 ) -> tuple[str, fx.GraphModule, tuple[str, ...]]:
     """Tier, graph and notes, of the tier asked for or of the first one that takes the model."""
+    if tier == INPLACE:
+        return INPLACE, trials.check(capture_in_place(model, args, kwargs)), ()
     if tier == FX:
         return FX, trials.check(_lift(_forced(FX, symbolic_trace, model, args, kwargs), model)), ()
     if tier == EXPORT:
         exported, notes = _forced(EXPORT, export_trace, model, args, kwargs, trials.free)
         return EXPORT, trials.check(_lift(exported, model)), notes
-    found: tuple[str, ...] = ()
-    if tier == AUTO:
-        try:
-            return _trace_graph(model, args, kwargs, trials)
-        except CaptureError as error:
-            found = (f"captured in place, where forward stays Python code: {error}",)
-    return INPLACE, trials.check(capture_in_place(model, args, kwargs, run_plain(model, args, kwargs))), found
+    try:
+        return _trace_graph(sharing(model), args, kwargs, trials)  # tracing may leave its own in buffers and attributes
+    except CaptureError as error:
+        why = f"captured in place, where forward stays Python code: {error}"
+        return INPLACE, trials.check(capture_in_place(model, args, kwargs)), (why,)
 
 
 def _forced(tier: str, trace: Callable[..., Traced], *given: Any) -> Traced:
