@@ -7,10 +7,10 @@ What decides on ONNX Runtime's CPU provider is the layout. Float32 2-D convoluti
 - depthwise: channels a multiple of 4;
 - grouped: input and output channels per group both multiples of 16.
 
-A blocked operator computes whole blocks: 49 output channels cost what 64 cost. Every other convolution (1-D, 3-D and
-float16 or float64 ones among them) is unfolded and multiplied as a matrix, and where plain and blocked operators meet,
-the tensor is reordered: so ranks of convolutions that are no multiple of 4, or below 16, cost up to twice the time of
-the next one on the grid. Matrix products do not care.
+A blocked operator computes whole blocks: 49 output channels cost what 64 cost. Every other convolution (1-D, 3-D,
+transposed, and float16 or float64 ones among them) is unfolded and multiplied as a matrix, and where plain and blocked
+operators meet, the tensor is reordered: so ranks of convolutions that are no multiple of 4, or below 16, cost up to
+twice the time of the next one on the grid. Matrix products do not care.
 
 The rule is what ONNX Runtime 1.31 does to the graphs that it optimizes (NCHWc transformer). The constants are fitted by
 ``benchmarks/latency_model.py``, which prints how well they predict layers that they were not fitted on.
@@ -132,7 +132,9 @@ class Target:
 
 
 def _is_depthwise(workload: Workload) -> bool:
-    return workload.groups > 1 and workload.in_channels == workload.out_channels == workload.groups
+    """Whether there is a depthwise kernel for it; a transposed one runs group by group, as all in groups do."""
+    alike = workload.in_channels == workload.out_channels == workload.groups
+    return workload.groups > 1 and alike and not workload.scattered
 
 
 def _output_bytes(workload: Workload) -> int:
@@ -146,7 +148,8 @@ def _round_up(channels: int, grid: int) -> int:
 # Seconds fitted by `python benchmarks/latency_model.py` (ONNX Runtime 1.31, one thread of a 2.5 GHz AVX-512 Xeon).
 # Of layers in groups only dense ones were among the layers fitted, none of the chains in their place. Depthwise ones
 # with several outputs a channel, which the runtime takes for grouped ones, come out up to 4 times too dear; they are
-# slower than what they would replace all the same.
+# slower than what they would replace all the same. No transposed ones were fitted: they take 1.2 times the estimate,
+# and chains in their place up to 1.3 times that where what stands around them is transposed too, and not blocked.
 ORT_CPU = Target(
     name="ort-cpu",
     rank_grid=16,

@@ -24,6 +24,34 @@ def seconds(*workloads: Workload) -> float:
     return sum(map(ORT_CPU.latency, workloads))
 
 
+def transposed(in_channels: int, out_channels: int, groups: int = 1, pixels: int = 784) -> Workload:
+    """Of kernel 4 x 4 and stride 2."""
+    spread = replace(conv(in_channels, out_channels, 16, groups, pixels), scattered=4 * pixels * out_channels)
+    assert spread.outputs == 4 * pixels * out_channels
+    return spread
+
+
+def test_transposed_convolutions_are_computed_in_the_plain_layout() -> None:
+    assert not ORT_CPU.is_blocked(transposed(64, 64))
+    assert not ORT_CPU.is_blocked(transposed(64, 64, groups=64))
+    assert seconds(transposed(64, 64)) > 1.1 * seconds(conv(64, 64, 16))
+
+
+def test_a_transposed_convolution_is_not_cheap_because_it_is_depthwise() -> None:
+    """The products are written and added up, 16 to each element of the input, however few are multiplied."""
+    spread, folded = transposed(64, 64, groups=64), 784 * 64 * 16 * 4
+    assert seconds(spread) > ORT_CPU.copy_byte_s * folded
+    assert seconds(spread) > 4 * seconds(conv(64, 64, 16, groups=64, pixels=784))
+
+
+def test_what_a_transposed_convolution_writes_is_reordered_for_its_neighbours() -> None:
+    bare = replace(ORT_CPU, operator_s=0, matrix_mac_s=0, weight_byte_s=0, byte_s=0)
+    outputs, inputs, folded = 4 * 784 * 64, 784 * 64, 784 * 64 * 16
+    expected = 4 * bare.copy_byte_s * (outputs + inputs + folded)
+    assert bare.latency(transposed(64, 64)) == pytest.approx(expected, rel=1e-12)
+    assert bare.latency(transposed(64, 3)) == pytest.approx(4 * bare.copy_byte_s * (inputs + 784 * 3 * 16), rel=1e-12)
+
+
 @pytest.mark.parametrize("kernel", [1, 3, 9])
 def test_more_blocks_cost_more(kernel: int) -> None:
     by_output = [seconds(conv(64, c, kernel)) for c in range(16, 513, 16)]
