@@ -48,7 +48,7 @@ class Sums:
         shift: (n,), about the mean of the inputs; None before the first call, and for lookups. Products of what is
             left are small where the mean is large, so that they can be computed in the inputs' own precision.
         positions: rows that were added.
-        overlap: in how many rows of one sample an input value stands.
+        overlap: in how many rows of one sample an input value stands; of a transposed convolution see ``_overlap``.
         reached: whether a gradient other than 0 has come to the layer.
     """
 
@@ -66,13 +66,8 @@ class Sums:
         shape, out = covariance_shape(layer, gradients), layer.out_channels
         n = layer.in_channels * math.prod(layer.kernel_size)
         zeros = torch.zeros(out, out, dtype=torch.float64) if gradients else None
-        pairs = zip(layer.kernel_size, layer.stride, strict=True)
-        if layer.is_transposed:  # more outputs than inputs, of which zeros between inputs count for nothing
-            overlap = math.prod(max(size, step) for size, step in pairs)
-        else:
-            overlap = math.prod(math.ceil(size / step) for size, step in pairs)
         sums = torch.zeros(n, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64)
-        return cls(*sums, zeros, overlap=overlap)
+        return cls(*sums, zeros, overlap=_overlap(layer))
 
     def add_input(self, value: Tensor, layer: Layer) -> None:
         """Adds the input of one call."""
@@ -173,6 +168,17 @@ class _Observer(LayerInterpreter):
         offset = torch.zeros((), dtype=value.dtype, device=value.device).expand(value.shape).requires_grad_()
         self.offsets.append((name, offset))
         return value + offset
+
+
+def _overlap(layer: LayerSpec) -> int:
+    """Rows of a sample for each that is independent of the others.
+
+    Rows of a transposed convolution at positions that differ modulo the stride see other columns each, and nothing at
+    all where the stride is larger than the kernel: those do not count.
+    """
+    pairs = tuple(zip(layer.kernel_size, layer.stride, strict=True))
+    overlap = math.prod(math.ceil(size / step) for size, step in pairs)
+    return overlap * math.prod(math.ceil(step / size) for size, step in pairs) if layer.is_transposed else overlap
 
 
 def _at_least_float32(value: Tensor) -> Tensor:
