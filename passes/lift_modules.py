@@ -1,4 +1,4 @@
-"""Lifts what trains otherwise than it evaluates, and recurrent layers, back to the modules of the model.
+"""Lifts what trains otherwise than it evaluates, recurrent layers and bags of embeddings back to the model's modules.
 
 torch.export of a model in eval mode writes BatchNorm with its running statistics and Dropout as doing nothing; as
 modules they do in train mode what they did in the model.
@@ -38,7 +38,7 @@ FEATURE_DROPOUTS = {3: nn.Dropout1d, 5: nn.Dropout3d}  # by the dimensions of th
 
 @dataclass(frozen=True)
 class LiftModules(RewritePass):
-    """Operators of BatchNorm, Dropout and recurrent layers become calls of modules.
+    """Operators of BatchNorm, Dropout, recurrent layers and EmbeddingBag become calls of modules.
 
     Attributes:
         origin: the model, whose own modules are called where the operator is theirs.
@@ -54,6 +54,8 @@ class LiftModules(RewritePass):
                 self._dropout(graph_module, node)
             elif (call := recurrent_call(graph_module, node)) is not None:
                 self._recurrent(graph_module, node, call)
+            elif node.target is aten.embedding_bag.padding_idx:
+                self._embedding_bag(graph_module, node)
         graph_module.eval()  # with the containers that came for new names
 
     def _batch_norm(self, graph_module: fx.GraphModule, node: fx.Node) -> None:
@@ -119,6 +121,22 @@ class LiftModules(RewritePass):
                     part = graph_module.graph.call_function(operator.getitem, (hidden, index - 1))
                 user.replace_all_uses_with(part)
                 graph_module.graph.erase_node(user)
+
+
+    def _embedding_bag(self, graph_module: fx.GraphModule, node: fx.Node) -> None:
+        arguments: Any = node.args
+        weight, indices, offsets, _, _, _, weights, *_ = arguments
+        path = str(weight.target).rpartition(".")[0] if weight.op == "get_attr" else ""
+        module = _submodule(self.origin, path)
+        read = [user for user in node.users if user.users]
+        if not isinstance(module, nn.EmbeddingBag) or not has_torch_forward(module) or len(read) > 1:
+            return
+        # The operator returns (output, ...), of which nobody reads the rest, the module the output.
+        value = _call(graph_module, node, path, module, (indices, offsets, weights))
+        for user in list(value.users):
+            if user in read and user.args[1] == 0:
+                user.replace_all_uses_with(value)
+            graph_module.graph.erase_node(user)
 
 
 def _plain_batch_norm(

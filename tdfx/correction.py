@@ -53,6 +53,8 @@ class Trial:
     def __init__(self, captured: Capture, inputs: tuple[Tensor, ...], output: str | None) -> None:
         if not inputs or len(inputs[0]) < HELD_OUT:
             raise Unfit(f"it takes at least {HELD_OUT} samples to fit and judge it")
+        if {value.shape[:1] for value in inputs} != {inputs[0].shape[:1]}:
+            raise Unfit("the inputs do not all have one entry a sample, as offsets of bags do not")
         count = min(len(inputs[0]), _affordable(captured))
         held = torch.arange(count) % HELD_OUT == HELD_OUT - 1
         self.fit = tuple(value[:count][~held] for value in inputs)
@@ -77,7 +79,7 @@ def correct_spread(
 
     Args:
         captured: the original.
-        solved: by name of the site; only those with a bias are corrected.
+        solved: by name of the site; only those with a bias are corrected, and not where layers share their weight.
         inputs: samples, one tensor a placeholder.
         output: what the outputs are compared as, "logits" or "values"; by their shapes otherwise.
 
@@ -85,7 +87,9 @@ def correct_spread(
         Unfit: these inputs do not do for that.
     """
     trial = Trial(captured, inputs, output)
-    names = {entry.last: name for name, entry in solved.items() if entry.bias is not None}
+    names = {
+        entry.last: name for name, entry in solved.items() if entry.bias is not None and entry.site.can_gain_bias
+    }
     spread = OutputSpread(tuple(names.values()), trial.fit).run(captured.module)
     wanted = {last: spread[name] for last, name in names.items() if name in spread}
     plain = spliced(captured.module, solved)

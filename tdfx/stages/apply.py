@@ -150,6 +150,11 @@ def carry_out(
     scarcity = None if moments is None else moments.scarcity()
     output = None if moments is None else moments.output
     notes: tuple[str, ...] = () if scarcity is None else (scarcity,)
+    notes += tuple(
+        f"{entry.site.name} and {', '.join(layer.name for layer in entry.site.layers[1:])} share their factors"
+        for entry in solved.values()
+        if len(entry.site.layers) > 1
+    )
     if samples is not None and not plan.trainable:
         try:
             solved, outcome = correct_spread(captured, solved, samples, output)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from tdfx.progress import Report, reporter
 from tdfx.rank_rules import RankRule
 from tdfx.records.capture import Capture
 from tdfx.records.cost import Cost
-from tdfx.records.layer import Site
+from tdfx.records.layer import Site, Skipped
 from tdfx.records.plan import ESTIMATED, MOST_SEED
 from tdfx.records.profile import Profile
 from tdfx.scoring import scoring_of
@@ -109,7 +109,7 @@ def profile(
     return Profile(
         sites=kept,
         candidates=candidates,
-        skipped=(*captured.skipped, *skipped, *unwanted, *hopeless),
+        skipped=(*captured.skipped, *skipped, *_of_all_layers(sites, (*unwanted, *hopeless))),
         before=cost_before(captured, runtime),
         rest=rest_cost(captured, kept, runtime),
         metric=scoring.metric,
@@ -125,6 +125,15 @@ def profile(
         moments=None if moments is None else moments.fingerprint,
         capture=captured.tier,
     )
+
+
+def _of_all_layers(sites: Sequence[Site], skipped: Sequence[Skipped]) -> Iterator[Skipped]:
+    """Skipped sites, and the layers that share the weight of one."""
+    layers = {site.name: site.layers for site in sites}
+    for entry in skipped:
+        yield entry
+        for layer in layers[entry.layer][1:]:
+            yield Skipped(layer.name, f"its weight is that of {entry.layer}: {entry.reason}")
 
 
 def cost_before(captured: Capture, target: Target | None) -> Cost:
