@@ -8,7 +8,7 @@ the layer. ``core`` makes the latter; ``with_input`` puts the Linear's weight ba
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -29,7 +29,7 @@ def is_recurrent(module: nn.Module) -> bool:
 
 def is_core(module: nn.Module) -> bool:
     """Whether a module is what ``core`` made."""
-    return is_recurrent(module) and any(name.startswith(WEIGHT) for name in module._buffers)
+    return is_recurrent(module) and any(name.startswith(WEIGHT) for name in module._non_persistent_buffers_set)
 
 
 def suffixes(module: Recurrent, layer: int = 0) -> tuple[str, ...]:
@@ -41,9 +41,11 @@ def suffixes(module: Recurrent, layer: int = 0) -> tuple[str, ...]:
 
 def input_layer(module: Recurrent, layer: int = 0) -> nn.Linear:
     """The input weights and biases of one layer, (directions x gates x hidden, in), as a Linear."""
-    weight, bias = (_stacked(module, kind, layer) for kind in (WEIGHT, BIAS))
-    linear = nn.Linear(weight.shape[1], len(weight), device="meta")
-    linear.weight, linear.bias = weight, bias
+    weight = _stacked(module, WEIGHT, layer)
+    linear = nn.Linear(weight.shape[1], len(weight), bool(module.bias), device="meta")
+    linear.weight = weight
+    if module.bias:
+        linear.bias = _stacked(module, BIAS, layer)
     return linear.train(module.training)
 
 
@@ -52,14 +54,15 @@ def core(module: Recurrent, layer: int = 0) -> Recurrent:
     weights = [_tensor(module, f"{WEIGHT}{suffix}") for suffix in suffixes(module, layer)]
     identity = torch.eye(sum(map(len, weights)), dtype=weights[0].dtype, device=weights[0].device)
     given = torch.split(identity, [len(weight) for weight in weights])
-    return _layer(module, layer, given, [weight.new_zeros(len(weight)) for weight in weights])
+    zeros = [weight.new_zeros(len(weight)) for weight in weights if module.bias]
+    return _layer(module, layer, given, zeros)
 
 
 def with_input(module: Recurrent, linear: nn.Linear) -> Recurrent:
     """A core as a plain layer that computes what ``module(linear(x))`` does."""
     parts = len(suffixes(module))
-    weight, bias = (_parts(linear.get_parameter(name), parts) for name in ("weight", "bias"))
-    return _layer(module, 0, weight, bias)
+    biases = _parts(linear.bias, parts) if module.bias else []
+    return _layer(module, 0, _parts(linear.weight, parts), biases)
 
 
 def _stacked(module: Recurrent, kind: str, layer: int) -> nn.Parameter:
@@ -70,7 +73,8 @@ def _stacked(module: Recurrent, kind: str, layer: int) -> nn.Parameter:
     return nn.Parameter(torch.cat([part.detach() for part in parts]), all(part.requires_grad for part in parts))
 
 
-def _parts(value: nn.Parameter, count: int) -> list[nn.Parameter]:
+def _parts(value: Tensor, count: int) -> list[Tensor]:
+    """A parameter itself, or those of both directions."""
     if count == 1:
         return [value]
     return [nn.Parameter(part.clone(), value.requires_grad) for part in value.detach().chunk(count)]
@@ -82,15 +86,15 @@ def _tensor(module: nn.Module, name: str) -> Tensor:
     return value
 
 
-def _layer(module: Recurrent, layer: int, weights: Any, biases: Any) -> Recurrent:
+def _layer(module: Recurrent, layer: int, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Recurrent:
     """One layer with these input weights and biases, one a direction, and the recurrence of another one's layer."""
     made = bare(module, weights[0].shape[1])
-    tensors: dict[str, Tensor] = {}
-    pairs = zip(suffixes(module, layer), suffixes(made), strict=True)
-    for (old, new), weight, bias in zip(pairs, weights, biases, strict=True):
+    ends = suffixes(made)
+    tensors = {f"{WEIGHT}{end}": weight for end, weight in zip(ends, weights, strict=True)}
+    tensors |= {f"{BIAS}{end}": bias for end, bias in zip(ends, biases, strict=False)}
+    for old, new in zip(suffixes(module, layer), ends, strict=True):
         held = {f"{kind}{new}": getattr(module, f"{kind}{old}", None) for kind in _HELD}
         tensors |= {name: value for name, value in held.items() if value is not None}
-        tensors |= {f"{WEIGHT}{new}": weight, f"{BIAS}{new}": bias}
     return holding(made, tensors).train(module.training)
 
 

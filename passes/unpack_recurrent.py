@@ -44,11 +44,11 @@ def obstacle(graph_module: fx.GraphModule, name: str, metas: Mapping[str, Tensor
     if is_core(module):
         return RECURRENCE
     kind = type(module).__name__
-    if not module.bias:
-        return f"a {kind} without biases cannot take a correction of its input weights; make it with bias=True"
     others = sharers(graph_module, name)
     if others:
         return f"it shares parameters with {', '.join(others)}; a chain for one of them would break the tie"
+    if module._buffers:
+        return f"{' and '.join(module._buffers)} of this {kind} are buffers; expected parameters"
     tensors = list(module.parameters())
     if len(tensors) != sum(1 for _ in module.named_parameters(remove_duplicate=False)):
         return f"layers or directions of this {kind} share parameters; a chain for one of them would break the tie"
@@ -197,6 +197,12 @@ def unpacked_state(graph_module: fx.GraphModule, state: Mapping[str, Tensor]) ->
     return found
 
 
+def without_biases(graph_module: fx.GraphModule) -> frozenset[str]:
+    """Names of the linear layers before cores without biases: a bias that a chain gained would have no place there."""
+    cores = [name for name in _cores(graph_module) if not cast(Recurrent, graph_module.get_submodule(name)).bias]
+    return frozenset(_only_feeder(graph_module, name)[1] for name in cores)
+
+
 def packed_name(site: str) -> str:
     """The recurrent layer that a linear layer of this name would be of."""
     return site.rpartition(".")[0]
@@ -231,8 +237,10 @@ def _only_feeder(graph_module: fx.GraphModule, name: str) -> tuple[nn.Linear, st
     before = [node.all_input_nodes[0] for node in _calls(graph_module, name)]
     names = {str(node.target) for node in before if node.op == "call_module" and len(node.users) == 1}
     linear = graph_module.get_submodule(names.pop()) if len(names) == 1 else None
-    if not isinstance(linear, nn.Linear) or linear.bias is None:
-        raise PassError(f"PackRecurrent: {name} is not called on what one linear layer with a bias returns")
+    has_bias = cast(Recurrent, graph_module.get_submodule(name)).bias
+    if not isinstance(linear, nn.Linear) or has_bias != (linear.bias is not None):
+        wanted = "a" if has_bias else "no"
+        raise PassError(f"{name} is not called on what one linear layer with {wanted} bias returns")
     return linear, str(before[0].target)
 
 

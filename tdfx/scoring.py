@@ -16,6 +16,7 @@ from tdfx.metrics import LOSS, error_of, form_of, needs_moments
 from tdfx.moments import Moments
 from tdfx.passes.input_means import InputMeans
 from tdfx.passes.shape_prop import TensorMeta
+from tdfx.passes.unpack_recurrent import without_biases
 from tdfx.records.capture import Capture
 from tdfx.records.layer import Site
 from tdfx.records.plan import Plan
@@ -26,7 +27,7 @@ class Scoring:
     """Metric, moments, and means of the inputs.
 
     A weight W~ in place of W moves a layer's mean output by (W - W~) m, m the mean of its input; where m is known the
-    bias takes it back. A layer without a bias gains one.
+    bias takes it back. A layer without a bias gains one, but for the input weights of recurrent layers without biases.
 
     Attributes:
         metric: full name.
@@ -97,8 +98,11 @@ def scoring_of(
         _check_moments(captured, metric, moments)
     if not correct:
         return Scoring(metric, moments, {})
-    means = InputMeans(tuple(sites), metas).run(captured.module) if moments is None else taken_means(moments)
-    return Scoring(metric, moments, _corrected(means, sites))
+    if moments is None:
+        return Scoring(metric, None, InputMeans(_corrected(captured, sites), metas).run(captured.module))
+    known = taken_means(moments)
+    names = [site.name for site in _corrected(captured, sites) if site.name in known]
+    return Scoring(metric, moments, {name: known[name] for name in names})
 
 
 def scoring_of_stored(
@@ -110,19 +114,21 @@ def scoring_of_stored(
     """For factors that are given: which chains have gained a bias, though nothing is solved."""
     if not plan.corrected:
         return Scoring(plan.metric, None, {})
+    corrected = _corrected(captured, sites)
     if plan.moments is None:
-        return Scoring(plan.metric, None, _corrected(InputMeans(tuple(sites), metas).run(captured.module), sites))
-    return Scoring(plan.metric, None, {site.name: torch.zeros(0) for site in sites if site.can_gain_bias})
+        return Scoring(plan.metric, None, InputMeans(corrected, metas).run(captured.module))
+    return Scoring(plan.metric, None, {site.name: torch.zeros(0) for site in corrected})
+
+
+def _corrected(captured: Capture, sites: Sequence[Site]) -> tuple[Site, ...]:
+    """Sites whose chains may have a bias."""
+    never = without_biases(captured.module)
+    return tuple(site for site in sites if site.can_gain_bias and site.name not in never)
 
 
 def taken_means(moments: Moments) -> dict[str, Tensor]:
     """Means of the inputs that moments hold, in float64."""
     return {name: site.mean.to(torch.float64) for name, site in moments.sites.items()}
-
-
-def _corrected(means: Mapping[str, Tensor], sites: Sequence[Site]) -> dict[str, Tensor]:
-    """The means of those sites whose bias is corrected."""
-    return {site.name: means[site.name] for site in sites if site.can_gain_bias and site.name in means}
 
 
 def _check_moments(captured: Capture, metric: str, moments: Moments) -> None:
