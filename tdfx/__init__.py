@@ -1,7 +1,8 @@
 """tdfx: compresses trained PyTorch networks by tensor decomposition, to a budget, verified.
 
 ``compress`` does all of it; ``capture``, ``calibrate``, ``profile``, ``plan``, ``apply`` and ``export_onnx`` are its
-stages; ``tune`` trains a result without labels; ``save`` and ``load`` keep results; ``bench`` times files.
+stages; ``tune`` trains a result without labels; ``save`` and ``load`` keep results; ``graph`` draws a network;
+``bench`` times files.
 """
 
 from tdfx.bench import Bench, BenchRow, bench
@@ -27,6 +28,7 @@ from tdfx.records.frontier import Frontier, Point
 from tdfx.records.inputs import InputSpec
 from tdfx.records.latency import LatencyTable, Measured, Runtime
 from tdfx.records.layer import LayerSpec, Site, Skipped
+from tdfx.records.network_graph import NetworkGraph
 from tdfx.records.plan import Plan
 from tdfx.records.profile import Profile
 from tdfx.records.result import Report, Result
@@ -36,6 +38,7 @@ from tdfx.stages.calibrate import calibrate
 from tdfx.stages.capture import capture
 from tdfx.stages.compress import compress
 from tdfx.stages.frontier import frontier
+from tdfx.stages.graph import graph
 from tdfx.stages.latency import measure_latency, with_latency, write_latency_kit
 from tdfx.stages.plan import plan
 from tdfx.stages.profile import profile
@@ -61,6 +64,7 @@ __all__ = [
     "LayerSpec",
     "Measured",
     "Moments",
+    "NetworkGraph",
     "OptionError",
     "PassError",
     "Plan",
@@ -85,6 +89,7 @@ __all__ = [
     "compress",
     "export_onnx",
     "frontier",
+    "graph",
     "load",
     "measure_latency",
     "plan",

@@ -12,6 +12,7 @@ import typer
 
 from tdfx.cli.bench import bench
 from tdfx.cli.curves import frontier, sensitivity
+from tdfx.cli.graph import graph
 from tdfx.cli.latency import latency, latency_fit, latency_kit
 from tdfx.cli.listings import inspect, methods, passes
 from tdfx.cli.stages import apply, compress, export, plan, profile
@@ -47,7 +48,7 @@ def common(
 
 COMMANDS: tuple[Callable[..., None], ...] = (
     compress, profile, plan, apply, export, latency, latency_kit, latency_fit, bench, frontier, sensitivity,
-    inspect, methods, passes, demo,
+    graph, inspect, methods, passes, demo,
 )  # fmt: skip
 for command in COMMANDS:
     app.command()(command)

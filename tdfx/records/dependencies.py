@@ -54,7 +54,7 @@ class CriticalPath:
     """The nodes that a run takes at least as long as, however many others run beside them.
 
     Attributes:
-        nodes: those that take time, in order.
+        nodes: in order, those between that have no estimate among them.
         latency_s: seconds of these.
         total_s: seconds of all nodes, one after another.
     """
@@ -105,5 +105,5 @@ def critical_path(graph: nx.DiGraph) -> CriticalPath:
     weighted = nx.DiGraph()
     weighted.add_nodes_from(graph)
     weighted.add_weighted_edges_from((source, user, seconds[user]) for source, user in graph.edges)
-    path = [node for node in nx.dag_longest_path(weighted) if seconds[node] > 0]
-    return CriticalPath(tuple(path), sum(seconds[node] for node in path), sum(seconds.values()))
+    path = tuple(nx.dag_longest_path(weighted))
+    return CriticalPath(path, sum(seconds[node] for node in path), sum(seconds.values()))

@@ -1,0 +1,1 @@
+"""Pictures of networks: what is shown, where it lies, and the writers of DOT, SVG and PNG."""

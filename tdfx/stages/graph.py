@@ -1,0 +1,84 @@
+"""A captured network as a graph of its operators, to be looked at."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import networkx as nx
+
+from tdfx.errors import PlanError
+from tdfx.passes.dependencies import Dependencies
+from tdfx.passes.shape_prop import ShapeProp, bind
+from tdfx.passes.sharing import sharing_groups
+from tdfx.passes.sites import FindSites
+from tdfx.plan_check import check_fingerprints, planned_sites
+from tdfx.records.candidate import DENSE, Candidate
+from tdfx.records.capture import Capture
+from tdfx.records.dependencies import OPERATION, operations
+from tdfx.records.network_graph import NetworkGraph
+from tdfx.records.plan import Plan
+from tdfx.targets import find_target, layer_cost
+
+
+def graph(captured: Capture, plan: Plan | None = None, *, target: str | None = "ort-cpu") -> NetworkGraph:
+    """Shows what a network's operators need of each other, and what a plan makes of its layers.
+
+    Args:
+        captured: what ``capture`` returned.
+        plan: made for the same structure; None shows all layers as they are.
+        target: runtime whose latency the critical path is estimated with, None for no estimate; that of the plan where
+            there is one.
+
+    Returns:
+        Peak of the activations' memory, critical path, groups of layers that share parameters; ``draw`` draws it.
+
+    Raises:
+        OptionError: the target is not known.
+        PlanError: the plan was made for another model, or was made with ``trainable`` where the capture was not.
+    """
+    runtime = find_target(target if plan is None else plan.target)
+    module = captured.module
+    inputs = bind(module, captured.args, captured.kwargs)
+    dependencies = Dependencies(inputs, runtime).run(module)
+    found, skipped = FindSites(ShapeProp(inputs).run(module)).run(module)
+    sites = {site.name: site for site in found}
+    if plan is None:
+        choices = {
+            name: Candidate(name, DENSE, (), layer_cost(site.layer, runtime), 0.0, "") for name, site in sites.items()
+        }
+    else:
+        check_fingerprints(plan, captured, weights=False)
+        if plan.trainable != captured.trainable:
+            raise PlanError(
+                f"the plan was made with trainable={plan.trainable}, the model captured with {captured.trainable}; "
+                "capture it as the plan says"
+            )
+        sites = planned_sites(plan, found)
+        choices = {candidate.site: candidate for candidate in plan.candidates}
+        skipped = (*skipped, *plan.skipped)
+    return NetworkGraph(
+        name=type(captured.original).__name__,
+        dependencies=_with_latencies(dependencies, choices),
+        layers={name: site.layer for name, site in sites.items()},
+        choices=choices,
+        skipped=frozenset(entry.layer for entry in (*skipped, *captured.skipped)),
+        sharing=sharing_groups(module),
+        macs=sum(operation.macs for operation in operations(dependencies).values()),
+    )
+
+
+def _with_latencies(dependencies: nx.DiGraph, choices: dict[str, Candidate]) -> nx.DiGraph:
+    """The graph with the latencies of the choices, spread over a layer's calls."""
+    calls: dict[str, list[str]] = {}
+    for node, operation in operations(dependencies).items():
+        if operation.op == "call_module" and operation.target in choices:
+            calls.setdefault(operation.target, []).append(node)
+    changed = dependencies.copy()
+    for name, nodes in calls.items():
+        latency_s = choices[name].cost.latency_s
+        if latency_s is None:
+            continue
+        for node in nodes:
+            entry = changed.nodes[node]
+            entry[OPERATION] = replace(entry[OPERATION], latency_s=latency_s / len(nodes))
+    return changed
