@@ -36,7 +36,17 @@ def sharers(graph_module: fx.GraphModule, layer: str) -> tuple[str, ...]:
 
 
 def sharing_groups(graph_module: fx.GraphModule) -> tuple[tuple[str, ...], ...]:
-    """Readers that share parameters with each other, directly or through others; each group sorted, the groups too."""
-    components = nx.connected_components(sharing_graph(graph_module))
-    groups = (sorted(reader for reader in found if isinstance(reader, str) and reader) for found in components)
+    """Layers that are called and share parameters, directly or through others; ``GRAPH`` with those that it reads.
+
+    Groups and their layers are sorted.
+    """
+    sharing = sharing_graph(graph_module)
+    called = {node.target for node in graph_module.graph.nodes if node.op == "call_module"}
+    read = set(sharing[GRAPH]) if GRAPH in sharing else set()
+    # What functions read has nothing in common but that, so that GRAPH joins no groups.
+    between = sharing.subgraph(node for node in sharing if node in called or not isinstance(node, str))
+    groups = []
+    for component in nx.connected_components(between):
+        layers = component & called
+        groups.append(sorted(layers | {GRAPH} if layers and component & read else layers))
     return tuple(sorted(tuple(group) for group in groups if len(group) > 1))

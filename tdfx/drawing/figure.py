@@ -45,8 +45,8 @@ def save_figure(picture: Picture, path: FilePath, kind: str) -> None:
         axes.set_xlim(-MARGIN, width - MARGIN)
         axes.set_ylim(height - HEADER - MARGIN, -HEADER - MARGIN)  # downwards
         critical = set(pairwise(box.name for box in picture.boxes.values() if box.critical))
-        for edge, corners in layout.paths.items():
-            _draw_edge(axes, corners, edge in critical)
+        for edge in sorted(layout.paths, key=critical.__contains__):  # those on top
+            _draw_edge(axes, layout.paths[edge], edge in critical)
         for box in picture.boxes.values():
             _draw_box(axes, box, layout)
         _draw_legend(axes, picture, width - 2 * MARGIN)

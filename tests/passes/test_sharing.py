@@ -1,0 +1,46 @@
+"""Which layers share parameters."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from tdfx.passes.capture import isolate, symbolic_trace
+from tdfx.passes.sharing import GRAPH, sharing_groups
+
+
+class Sharing(nn.Module):
+    """Weights shared by two, a bias that joins a third one, a pair of its own, and two that functions read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own = nn.Parameter(torch.zeros(4))
+        for name in ("a", "b", "c", "d", "e", "f", "g"):
+            setattr(self, name, nn.Linear(4, 4))
+        self.b.weight = self.a.weight
+        self.c.bias = self.b.bias
+        self.e.weight = self.d.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.c(self.b(self.a(x))) + self.e(self.d(x))
+        return self.g(self.f(x)) * self.f.bias + self.g.bias + self.own
+
+
+def test_groups_are_joined_by_what_they_share() -> None:
+    model = Sharing().eval()
+    groups = sharing_groups(symbolic_trace(isolate(model)[0], (torch.randn(2, 4),), {}))
+    assert groups == (("a", "b", "c"), (GRAPH, "f"), (GRAPH, "g"), ("d", "e"))
+
+
+def test_nothing_shared_is_no_group() -> None:
+    class Alone(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(4, 2)  # called whole: its parts are no readers
+            self.scales = nn.ParameterDict({"one": nn.Parameter(torch.ones(4)), "two": nn.Parameter(torch.ones(4))})
+
+        def forward(self, x: Tensor) -> Tensor:
+            found: Tensor = self.attention(x * self.scales["one"], x, x)[0] * self.scales["two"]
+            return found
+
+    assert sharing_groups(symbolic_trace(isolate(Alone())[0], (torch.randn(2, 4),), {})) == ()
