@@ -69,7 +69,8 @@ def lay_out(picture: Picture, box_width: float) -> Layout:
         for name in rows
     }
     ends = [*breaks[1:], last + 1]
-    height = max(end - start for start, end in zip(breaks, ends, strict=True)) * ROW + 2 * TOP
+    lengths = [end - start for start, end in zip(breaks, ends, strict=True)]
+    height = max(lengths) * ROW + 2 * TOP
 
     paths: dict[Edge, tuple[Point, ...]] = {}
     gutters: list[dict[str, int]] = [{} for _ in breaks]
@@ -87,7 +88,7 @@ def lay_out(picture: Picture, box_width: float) -> Layout:
         else:
             number = gutters[there].setdefault(source, len(gutters[there]) + 1)
             gutter = starts[there] - box_width / 2 - LANE * number
-            floor = (ends[here] - breaks[here]) * ROW + TOP + LANE * number / 2
+            floor = max(lengths[here:there]) * ROW + TOP + LANE * number / 2
             side = [] if rows[source] == ends[here] - 1 else [(x0, below), (lane, below)]
             down = side[-1][0] if side else x0
             corners = [(x0, y0), *side, (down, floor), (gutter, floor), (gutter, above), (x1, above), (x1, y1)]

@@ -99,7 +99,7 @@ def _box(network: NetworkGraph, node: str, operation: Operation, sources: int, c
             parts.insert(1, f"{choice.method} {format_rank(choice.rank)}")
         return Box(node, (_short(layer.name), ", ".join(parts)), choice.method, critical)
     if operation.op == "call_module" and operation.target in network.skipped:
-        parts = [operation.kind, share(operation.macs, network.macs)]
+        parts = [operation.kind, *([share(operation.macs, network.macs)] if operation.macs else [])]
         return Box(node, (_short(operation.target), ", ".join(parts)), SKIPPED, critical)
     if operation.macs:
         return Box(node, (_short(operation.kind), share(operation.macs, network.macs)), PRODUCT, critical)
