@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections import namedtuple
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import is_dataclass
@@ -18,8 +19,10 @@ from torch.utils import _pytree as pytree
 from tdfx.contained import plain_attention, quiet, reason
 from tdfx.dynamic import BATCH, free_axes
 from tdfx.errors import CaptureError
+from tdfx.inputs import entries, opened
 from tdfx.passes.base import assemble
 from tdfx.passes.capture import LayerTracer
+from tdfx.signature import with_output
 
 aten, higher_order = torch.ops.aten, torch.ops.higher_order
 # Checks of what held while tracing, dtypes among them; they would forbid what a user may do with the result later.
@@ -65,7 +68,8 @@ def export_trace(
     for batch in dict.fromkeys((alike, alike & {min(alike, default=0)}, frozenset[int]())):
         dims = [[d for d, name in axes.items() if name != BATCH or i in batch] for i, axes in enumerate(free)]
         try:
-            graph_module = operators(_export(model, args, kwargs, dims))
+            outputs = _Outputs()
+            graph_module = outputs.restored(operators(_export(outputs.of(model), args, kwargs, dims)))
         except Exception as error:
             failures.append(error)
             continue
@@ -100,6 +104,46 @@ def _marked(value: Tensor, free: Sequence[int]) -> Tensor:
     for dim in free:
         torch._dynamo.mark_dynamic(copied, dim)
     return copied
+
+
+class _Outputs:
+    """Outputs in classes that torch does not know, as lists while a model is exported."""
+
+    def __init__(self) -> None:
+        self.tree: Any = None
+
+    def of(self, model: nn.Module) -> nn.Module:
+        """A view of the model that returns such outputs' leaves."""
+        return with_output(model, self._leaves)
+
+    def _leaves(self, output: Any) -> Any:
+        self.tree = output if any(entries(leaf) is not None for leaf in pytree.tree_leaves(output)) else None
+        return output if self.tree is None else list(opened(output))
+
+    def restored(self, graph_module: fx.GraphModule) -> fx.GraphModule:
+        """The graph with the leaves in their classes again."""
+        if self.tree is None:
+            return graph_module
+        output = graph_module.graph.output_node()
+        leaves = iter(output.args[0])  # type: ignore[arg-type]
+        with graph_module.graph.inserting_before(output):
+            output.args = (_made(graph_module.graph, self.tree, leaves),)
+        graph_module.recompile()
+        return graph_module
+
+
+def _made(graph: fx.Graph, tree: Any, leaves: Iterator[Any]) -> Any:
+    """Leaves in containers like those of the tree, in its order."""
+    found, spec = pytree.tree_flatten(tree)
+    values = []
+    for value in found:
+        inner = entries(value)
+        if inner is None:
+            values.append(next(leaves))
+        else:
+            made = {name: _made(graph, entry, leaves) for name, entry in inner.items()}
+            values.append(graph.call_function(type(value), (), made))
+    return _structured(graph, spec, iter(values))
 
 
 class _KeptInputs(TorchFunctionMode):
@@ -227,6 +271,8 @@ def _structured(graph: fx.Graph, spec: pytree.TreeSpec, leaves: Iterator[Any]) -
         return values
     if spec.type is dict:
         return dict(zip(spec.context, values, strict=True))
+    if spec.type is namedtuple:
+        return graph.call_function(spec.context, tuple(values))
     names, absent = spec.context, ()
     if isinstance(spec.type, type) and is_dataclass(spec.type) and not issubclass(spec.type, Mapping):
         names, absent = spec.context

@@ -70,9 +70,23 @@ def run(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> li
 
 def tensors(value: Any) -> Iterator[Tensor]:
     """The tensors in a network's output, out of containers and dataclasses."""
+    return (leaf for leaf in opened(value) if isinstance(leaf, Tensor))
+
+
+def opened(value: Any) -> Iterator[Any]:
+    """All that is in containers and dataclasses, such as torch does not know among them."""
     for leaf in pytree.tree_leaves(value):
-        if isinstance(leaf, Tensor):
+        inner = entries(leaf)
+        if inner is None:
             yield leaf
-        elif is_dataclass(leaf) and not isinstance(leaf, type):
-            for field in fields(leaf):
-                yield from tensors(getattr(leaf, field.name))
+        else:
+            yield from opened([*inner.values()])
+
+
+def entries(value: Any) -> dict[str, Any] | None:
+    """Fields of a dataclass or entries of a mapping by name; None for anything else."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name) for field in fields(value) if field.init}
+    return None

@@ -8,7 +8,7 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,21 +18,20 @@ import onnx
 import onnxruntime as ort
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from tdfx.contained import failing_as, plain_attention, quiet, reason
+from tdfx.dynamic import BATCH, Axes, Dynamic, check_dynamic, free_axes, other_sizes, resized, sizes
 from tdfx.errors import ExportError, InputError, OptionError
 from tdfx.evaluation import Evaluate
 from tdfx.files import replacing
-from tdfx.inputs import Inputs, as_args, as_kwargs
+from tdfx.inputs import Inputs, as_args, as_kwargs, opened
 from tdfx.parity import OutputParity, compare, session_options
 from tdfx.quantization import FloatFile, Quantization, check_quantize, folder_bytes, quantized
+from tdfx.signature import Signature, with_flat_call, with_output
 
 LEAST_OPSET = 18  # torch's exporter writes no older one
 MAX_WEIGHT_BYTES = 2 * 10**9  # protobuf ends at 2^31 bytes; the rest is room for the graph
 RTOL = {torch.float32: 1e-4, torch.float64: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-
-_Example = inspect.BoundArguments  # example inputs bound to forward; .args and .kwargs hold tensors only
 
 
 @dataclass(frozen=True)
@@ -43,13 +42,14 @@ class ExportReport:
         path: the file, as given. With ``quantization`` that one is int8, and the rest of this is about the float32
             file that it was made from, which is kept only if asked for.
         opset: version of the ONNX operator set, read from the file.
-        max_abs_diff: largest absolute difference over all outputs and batch sizes, in output units.
+        max_abs_diff: largest absolute difference over all outputs and sizes, in output units.
         max_rel_diff: largest difference of an output divided by that output's largest magnitude.
         rtol: the relative difference that was allowed.
         batch_sizes: batch sizes (dimension 0 of the inputs) that were compared.
         file_bytes: size on disk, external weights included (1 MB = 10^6 bytes).
         external_data: whether the weights lie in a second file, ``<path>.data`` (from 2 GB on).
-        outputs: one record per output, each the worst over the batch sizes.
+        outputs: one record per output, each the worst over the sizes.
+        sizes: of each dynamic dimension by name, the batch among them, those that were compared.
         quantization: the int8 file, if one was asked for.
     """
 
@@ -62,6 +62,7 @@ class ExportReport:
     file_bytes: int
     external_data: bool
     outputs: tuple[OutputParity, ...]
+    sizes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     quantization: Quantization | None = None
 
 
@@ -69,9 +70,9 @@ def export_onnx(
     module: nn.Module,
     path: str | os.PathLike[str],
     example_inputs: Inputs,
-    example_kwargs: Mapping[str, Tensor] | None = None,
+    example_kwargs: Mapping[str, Any] | None = None,
     *,
-    dynamic: str | None = "batch",
+    dynamic: Dynamic = BATCH,
     rtol: float | None = None,
     opset: int | None = None,
     quantize: str | None = None,
@@ -83,8 +84,9 @@ def export_onnx(
     """Write a network as an ONNX file that is known to compute the same.
 
     The network is exported in eval mode (the caller's module keeps its modes), checked by ``onnx.checker`` and run
-    by ONNX Runtime on the CPU at the example's batch size and, for a dynamic batch, at a second one. Only then does
-    the file get its name; on any error an older file stays as it was. The file holds no source paths.
+    by ONNX Runtime on the CPU at the example's sizes and, where some are dynamic, at others of these. Only then does
+    the file get its name; on any error an older file stays as it was. The file holds no source paths. Its inputs are
+    called as forward's arguments, tensors in containers by their keys; its outputs are all tensors among the network's.
 
     With ``quantize="int8"`` the float32 file passes all that in a temporary place, and the file is made from it by
     onnxruntime.quantization: weights in int8 by output channel, activations in uint8. Given calibration data, tensors
@@ -95,9 +97,11 @@ def export_onnx(
     Args:
         module: the network.
         path: the ONNX file to write; missing folders are made.
-        example_inputs: a tensor or a tuple of tensors, each (batch, ...).
-        example_kwargs: tensors that ``forward`` takes by keyword.
-        dynamic: "batch" names dimension 0 of every input "batch" and leaves its size open; None fixes all shapes.
+        example_inputs: a tensor, or a tuple of arguments: tensors, each (batch, ...), containers of them, constants.
+        example_kwargs: arguments that ``forward`` takes by keyword, likewise.
+        dynamic: "batch" names dimension 0 of every input "batch" and leaves its size open; a mapping names other
+            dimensions besides, as ``{"input_ids": {1: "sequence"}}``, with None for one that is fixed; None fixes all
+            shapes.
         rtol: largest difference of an output, relative to its largest magnitude. None: 1e-4 for float32 and float64,
             1e-2 for float16, 5e-2 for bfloat16 networks. Integer and boolean outputs must be equal. With
             ``quantize`` it is for the int8 file instead, where None allows any and only floats are held to it.
@@ -119,14 +123,23 @@ def export_onnx(
         ExportError: torch cannot export the network, or ONNX Runtime cannot run the file.
         VerificationError: ONNX Runtime's outputs differ from the network's, or are too small to tell.
     """
-    _check_options(dynamic, rtol, opset)
-    network = _eval_copy(module)
-    example = _bind(network, example_inputs, example_kwargs)
-    batch = _batch(example, dynamic)
-    # torch.export takes a batch of 1 for a constant, hence traces 2; the second run must not repeat the traced size.
-    traced = batch if dynamic is None else max(batch, 2)
-    batch_sizes = (batch,) if dynamic is None else (batch, traced + 1)
-    dtypes = {tensor.dtype for tensor in (*network.parameters(), *_tensors(example)) if tensor.dtype in RTOL}
+    check_dynamic(dynamic)
+    _check_options(rtol, opset)
+    copied = _eval_copy(module)
+    signature, inputs = _bind(copied, example_inputs, example_kwargs)
+    network = _with_tensors_alone(copied, signature)
+    axes = _axes(dynamic, inputs)
+    given = sizes(axes, inputs)
+    # torch.export takes a size of 1 for a constant, hence traces 2; the second run must not repeat the traced size.
+    traced = {name: max(size, 2) for name, size in given.items()}
+    batch = given.get(BATCH, next((len(value) for value in inputs.values() if value.dim()), 1))
+    _outputs(network, resized(axes, inputs, {}), batch, batch)
+    other = other_sizes(axes, inputs, lambda values: network(*values.values()))
+    if BATCH in given:
+        other[BATCH] = traced[BATCH] + 1
+    tried = [resized(axes, inputs, wanted) for wanted in ([given, other] if other else [given])]
+    batch_sizes = (batch,) if BATCH not in given else (batch, other[BATCH])
+    dtypes = {tensor.dtype for tensor in (*network.parameters(), *inputs.values()) if tensor.dtype in RTOL}
     check_quantize(quantize, calibration, samples, evaluate, dtypes)
     _check_float32(float32, path, quantize)
     default = max((RTOL[dtype] for dtype in dtypes), default=RTOL[torch.float32])
@@ -136,29 +149,30 @@ def export_onnx(
         if dtypes - {torch.float32}
         else "ask for another opset or write that operation differently"
     )
-    wanted = {size: _outputs(network, _resized(example, size), size, batch) for size in batch_sizes}
+    sizes_run = [batch, other.get(BATCH, batch)]
+    wanted = [_outputs(network, values, size, batch) for values, size in zip(tried, sizes_run, strict=False)]
     with replacing(path) as final, ExitStack() as temporary:
         # Everything in the final file's folder gets a name; the float32 file of an int8 one must not.
         folder = temporary.enter_context(TemporaryDirectory()) if quantize is not None else final.parent
         staged = Path(folder) / (final if float32 is None else Path(os.fsdecode(float32))).name
-        program = _export(network, _resized(example, traced), dynamic, opset)
+        program = _export(network, resized(axes, inputs, traced), axes, opset)
         external = _save(program, staged)
         del program
         with failing_as("onnx.checker refuses the exported file", hint):
             onnx.checker.check_model(str(staged), full_check=True)
-        written = _check_file(staged, dynamic, opset)
+        written = _check_file(staged, axes, opset)
         with failing_as("ONNX Runtime cannot load the exported file", hint):
             session = ort.InferenceSession(str(staged), session_options(), providers=["CPUExecutionProvider"])
         runs = [
-            compare(session, _tensors(_resized(example, size)), wanted[size], allowed, hint) for size in batch_sizes
+            compare(session, list(values.values()), outputs, allowed, hint)
+            for values, outputs in zip(tried, wanted, strict=True)
         ]
         del session  # it holds the file open, which some systems do not let be renamed
         file_bytes = folder_bytes(staged.parent)
         quantization = None
         if quantize is not None:
-            source = FloatFile(staged, external, _tensors(example), batch if dynamic is None else None)
-            run = partial(_run, network, example)
-            quantization = quantized(source, final, run, calibration, samples, rtol, evaluate)
+            source = FloatFile(staged, external, list(inputs.values()), None if BATCH in given else batch)
+            quantization = quantized(source, final, partial(_run, network), calibration, samples, rtol, evaluate)
             _keep(staged, float32)
     outputs = tuple(
         OutputParity(same[0].name, max(run.max_abs_diff for run in same), max(run.max_rel_diff for run in same))
@@ -174,6 +188,7 @@ def export_onnx(
         file_bytes=file_bytes,
         external_data=external,
         outputs=outputs,
+        sizes={name: (size, other[name]) for name, size in given.items()},
         quantization=None if quantization is None else replace(quantization, path=os.fsdecode(path)),
     )
 
@@ -181,9 +196,7 @@ def export_onnx(
 # --- before the export ---
 
 
-def _check_options(dynamic: object, rtol: object, opset: object) -> None:
-    if dynamic not in ("batch", None):
-        raise OptionError(f"dynamic is {dynamic!r}, expected 'batch' (any batch size) or None (shapes as given)")
+def _check_options(rtol: object, opset: object) -> None:
     if opset is not None and (type(opset) is not int or opset < LEAST_OPSET):
         raise OptionError(f"opset is {opset!r}, expected an integer of {LEAST_OPSET} or more, or None")
     if rtol is not None and not (isinstance(rtol, (int, float)) and 0 <= rtol < 1):
@@ -207,102 +220,84 @@ def _eval_copy(module: nn.Module) -> nn.Module:
         return copy.deepcopy(module, {id(parameter): parameter for parameter in module.parameters()}).eval()
 
 
-def _bind(network: nn.Module, example_inputs: object, example_kwargs: object) -> _Example:
-    """Bind the inputs to forward, in its order."""
+def _bind(network: nn.Module, example_inputs: object, example_kwargs: object) -> tuple[Signature, dict[str, Tensor]]:
+    """The call, and its tensors by name in forward's order."""
     args, kwargs = as_args(example_inputs), as_kwargs(example_kwargs)
     try:
-        return inspect.signature(network.forward).bind(*args, **kwargs)
+        bound = inspect.signature(network.forward).bind(*args, **kwargs)
     except TypeError as error:
         raise InputError(f"the example inputs do not fit the network's forward: {error}") from error
+    signature, tensors = Signature.of(network.forward, bound.args, bound.kwargs)
+    return signature, dict(zip(signature.names, tensors, strict=True))
 
 
-def _tensors(example: _Example) -> list[Tensor]:
-    return [*example.args, *example.kwargs.values()]
+def _with_tensors_alone(network: nn.Module, signature: Signature) -> nn.Module:
+    """The network as what takes tensors, under the names of its inputs, and returns them."""
+
+    def flattened(outputs: object) -> list[Tensor]:
+        leaves = [leaf for leaf in opened(outputs) if leaf is not None]  # None: the exporter drops it
+        for index, leaf in enumerate(leaves):
+            if not isinstance(leaf, Tensor):
+                raise ExportError(f"output {index} of the network has type {type(leaf).__name__}; return tensors only")
+        if not leaves:
+            raise ExportError("the network returns no tensor; an ONNX file needs at least one output")
+        return leaves
+
+    return with_output(with_flat_call(network, signature), flattened)
 
 
-def _batch(example: _Example, dynamic: str | None) -> int:
-    sizes = [tensor.shape[0] for tensor in _tensors(example) if tensor.dim()]
-    if dynamic is not None and (len(set(sizes)) != 1 or 0 in sizes):
+def _axes(dynamic: Dynamic, inputs: Mapping[str, Tensor]) -> Axes:
+    """Names of free dimensions; the batch is dimension 0 of all inputs for which nothing else is said."""
+    axes = free_axes(dynamic, inputs)
+    said = {} if isinstance(dynamic, str) or dynamic is None else dynamic
+    alike = [value.shape[0] for name, value in inputs.items() if value.dim() and 0 not in said.get(name, {})]
+    others = any(0 in dims for dims in said.values())
+    if dynamic is not None and not (others and not alike) and (len(set(alike)) != 1 or 0 in alike):
         raise InputError(
-            f"dimension 0 of the example inputs is {sizes}, expected one batch size of at least 1 for all of them; "
-            "pass such inputs, or dynamic=None for fixed shapes"
+            f"dimension 0 of the example inputs is {alike}, expected one batch size of at least 1 for all of them; "
+            'pass such inputs, dynamic={"<input>": {0: None}} for one that has no batch, or dynamic=None for fixed '
+            "shapes"
         )
-    return sizes[0] if sizes else 1
+    return axes
 
 
-def _resized(example: _Example, batch: int) -> _Example:
-    """Copies of the inputs with ``batch`` rows each; further rows repeat the first ones.
-
-    Repeats of floating-point rows shrink by 1/64 each time, to tell rows apart without leaving their range.
-    Copies, since of one tensor given as two inputs the exporter makes one.
-    """
-
-    def rows(tensor: Tensor) -> Tensor:
-        if not tensor.dim() or tensor.shape[0] == batch:
-            return tensor.detach().clone()
-        index = torch.arange(batch, device=tensor.device)
-        repeated = tensor.detach()[index % tensor.shape[0]]
-        if not tensor.is_floating_point():
-            return repeated
-        scale = 1 - (index // tensor.shape[0]) / 64
-        return repeated * scale.to(tensor.dtype).reshape(-1, *[1] * (tensor.dim() - 1))
-
-    kwargs = {name: rows(tensor) for name, tensor in example.kwargs.items()}
-    return example.signature.bind(*map(rows, example.args), **kwargs)
+def _run(network: nn.Module, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The network's outputs on tensors in the order of its inputs."""
+    size = next((value.shape[0] for value in tensors if value.dim()), 1)
+    return _outputs(network, dict(enumerate(tensors)), size, size)
 
 
-def _run(network: nn.Module, example: _Example, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The network's outputs on other tensors in the place of the example's, as ``_tensors`` lists them."""
-    values = [tensor.clone() for tensor in tensors]  # forward may write to them
-    size = next((value.shape[0] for value in values if value.dim()), 1)
-    count = len(example.args)
-    bound = example.signature.bind(*values[:count], **dict(zip(example.kwargs, values[count:], strict=True)))
-    return _outputs(network, bound, size, size)
-
-
-def _outputs(network: nn.Module, example: _Example, size: int, batch: int) -> list[Tensor]:
-    """The network's outputs, flattened as the exporter flattens them."""
+def _outputs(network: nn.Module, inputs: Mapping[Any, Tensor], size: int, batch: int) -> list[Tensor]:
+    """The network's outputs, which it may write into its inputs to compute."""
     try:
         with torch.no_grad(), plain_attention(), quiet():
-            outputs = network(*example.args, **example.kwargs)
+            found: list[Tensor] = network(*(value.clone() for value in inputs.values()))
+    except ExportError:
+        raise
     except Exception as error:
         fix = "pass other example inputs" if size == batch else "pass dynamic=None for a fixed batch size"
         raise InputError(f"the network does not run on a batch of {size}: {reason(error)}; {fix}") from error
-    leaves = [leaf for leaf in pytree.tree_leaves(outputs) if leaf is not None]  # None: the exporter drops it
-    for index, leaf in enumerate(leaves):
-        if not isinstance(leaf, Tensor):
-            raise ExportError(f"output {index} of the network has type {type(leaf).__name__}; return tensors only")
-    if not leaves:
-        raise ExportError("the network returns no tensor; an ONNX file needs at least one output")
-    return leaves
+    return found
 
 
 # --- the export ---
 
 
-def _export(network: nn.Module, example: _Example, dynamic: str | None, opset: int | None) -> torch.onnx.ONNXProgram:
+def _export(network: nn.Module, inputs: Mapping[str, Tensor], axes: Axes, opset: int | None) -> torch.onnx.ONNXProgram:
     fix = "see torch.export's documentation on what forward may do"
-    shapes: dict[str, Any] | None = None
-    if dynamic is not None:
-        fix += ", or pass dynamic=None for a fixed batch size"
-        for name, parameter in example.signature.parameters.items():
-            if parameter.kind is parameter.VAR_KEYWORD and name in example.arguments:
-                found = ", ".join(example.arguments[name])
-                raise ExportError(
-                    f"forward takes {found} through **{name}, where torch.export cannot name the batch dimension; "
-                    "spell these inputs out in forward, or pass dynamic=None for a fixed batch size"
-                )
-        axis = {0: torch.export.Dim("batch")}
-        shapes = pytree.tree_map_only(Tensor, lambda tensor: axis if tensor.dim() else None, dict(example.arguments))
+    if axes:
+        free = dict.fromkeys(name for dims in axes.values() for name in dims.values())
+        fix += f", or fix {', '.join(free)} (dynamic=None fixes all shapes)"
+    named = {name: torch.export.Dim(name) for dims in axes.values() for name in dims.values()}
+    shapes = {name: {dim: named[text] for dim, text in axes.get(name, {}).items()} or None for name in inputs}
     with failing_as("torch.onnx.export cannot export the network", fix), plain_attention(), quiet():
         program = torch.onnx.export(
             network,
-            example.args,
-            kwargs=example.kwargs,
+            tuple(inputs.values()),
             dynamo=True,
             verbose=False,
             opset_version=opset,
-            dynamic_shapes=shapes,
+            dynamic_shapes=shapes if axes else None,
         )
     assert program is not None  # only the older exporter gives None
     return program
@@ -331,26 +326,28 @@ def _keep(staged: Path, path: str | os.PathLike[str] | None) -> None:
 
 def _strip(message: Any) -> None:
     """Remove metadata and doc strings at every depth: they hold stack traces with source paths."""
-    for field, value in message.ListFields():
-        if field.name in ("metadata_props", "doc_string"):
-            message.ClearField(field.name)
-        elif field.message_type is not None:
+    for entry, value in message.ListFields():
+        if entry.name in ("metadata_props", "doc_string"):
+            message.ClearField(entry.name)
+        elif entry.message_type is not None:
             for part in [value] if hasattr(value, "ListFields") else value:
                 _strip(part)
 
 
-def _check_file(path: Path, dynamic: str | None, opset: int | None) -> int:
+def _check_file(path: Path, axes: Axes, opset: int | None) -> int:
     """Read back what the exporter may have decided otherwise; returns the opset."""
     model = onnx.load(path, load_external_data=False)
     written = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
     if opset not in (None, written):
         raise ExportError(f"opset {opset} was asked for, but torch wrote {written}; ask for {written} or None")
-    for value in model.graph.input if dynamic is not None else ():
-        sizes = value.type.tensor_type.shape.dim
-        if sizes and sizes[0].dim_param != "batch":
-            found = sizes[0].dim_param or sizes[0].dim_value
-            raise ExportError(
-                f"the network computes with a batch of {found} only (input {value.name!r}); take the batch size from "
-                "the input's shape in forward, or pass dynamic=None for a fixed batch size"
-            )
+    for value in model.graph.input:
+        for dim, name in axes.get(value.name, {}).items():
+            size = value.type.tensor_type.shape.dim[dim]
+            if size.dim_param != name:
+                what = "a batch of" if name == BATCH else f"{name} ="
+                raise ExportError(
+                    f"the network computes with {what} {size.dim_param or size.dim_value} only (input {value.name!r}, "
+                    f"dimension {dim}); take that size from the input's shape in forward, or fix it (dynamic=None "
+                    "fixes all shapes)"
+                )
     return int(written)

@@ -74,15 +74,36 @@ class Signature:
 
 def with_flat_call(model: nn.Module, signature: Signature) -> nn.Module:
     """A view of a model, on the same parts, whose forward takes the tensors of a call alone, in order."""
-    kind, own = type(model), vars(model).get("forward")
+    inner = _forward(model)
 
     def forward(self: nn.Module, *tensors: Any) -> Any:
         args, kwargs = signature.call(tensors)
-        return kind.forward(self, *args, **kwargs) if own is None else own(*args, **kwargs)
+        return inner(self, *args, **kwargs)
 
     parameters = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in signature.names]
     itself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
-    forward.__signature__ = inspect.Signature([itself, *parameters])  # type: ignore[attr-defined]
+    return _view(model, forward, inspect.Signature([itself, *parameters]))
+
+
+def with_output(model: nn.Module, change: Callable[[Any], Any]) -> nn.Module:
+    """A view of a model, on the same parts, whose forward returns what is made of the model's output."""
+    inner = _forward(model)
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return change(inner(self, *args, **kwargs))
+
+    return _view(model, forward, inspect.signature(inner))
+
+
+def _forward(model: nn.Module) -> Callable[..., Any]:
+    """A model's forward, as a function of model and arguments."""
+    own = vars(model).get("forward")
+    return type(model).forward if own is None else lambda self, *args, **kwargs: own(*args, **kwargs)
+
+
+def _view(model: nn.Module, forward: Callable[..., Any], signature: inspect.Signature) -> nn.Module:
+    kind = type(model)
+    forward.__signature__ = signature  # type: ignore[attr-defined]
     forward.__wrapped__ = kind.forward  # type: ignore[attr-defined]
     # A graph module compiles forward anew when it is copied.
     base = nn.Module if issubclass(kind, fx.GraphModule) else kind
