@@ -1,0 +1,62 @@
+"""A network with inputs, and what makes a comparison of its outputs mean something."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+BATCH = 2
+TRAIN_RUNS = 3
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network and example inputs, batch first.
+
+    Attributes:
+        model: the network.
+        args: positional inputs.
+        kwargs: inputs by keyword.
+    """
+
+    model: nn.Module
+    args: tuple[Tensor, ...] = ()
+    kwargs: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+Factory = Callable[[], Case]
+
+
+def images(size: int = 64, channels: int = 3) -> Tensor:
+    """(2, channels, size, size)."""
+    return torch.randn(BATCH, channels, size, size)
+
+
+def clips(frames: int, size: int) -> Tensor:
+    """(2, 3, frames, size, size)."""
+    return torch.randn(BATCH, 3, frames, size, size)
+
+
+def tokens(length: int = 16, vocabulary: int = 100) -> Tensor:
+    """(2, length), whole numbers from 3: the first ones often mean padding and ends."""
+    return torch.randint(3, vocabulary, (BATCH, length))
+
+
+def enliven(case: Case) -> None:
+    """Makes every part of a network count in its outputs, as it does in a trained one; leaves it in eval mode.
+
+    Parameters that start as one constant (biases of 0, scales of residual branches of 1e-6 or 0) get values that differ,
+    and a few runs in train mode give BatchNorm its statistics.
+    """
+    with torch.no_grad():
+        for parameter in case.model.parameters():
+            if parameter.is_floating_point() and parameter.numel() > 1 and bool((parameter == parameter.view(-1)[0]).all()):
+                constant = float(parameter.view(-1)[0])
+                parameter.normal_(1.0 if 0 < abs(constant) < 1 else constant, 0.1)
+        case.model.train()
+        for _ in range(TRAIN_RUNS):
+            case.model(*case.args, **case.kwargs)
+    case.model.eval()
