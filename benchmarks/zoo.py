@@ -5,8 +5,8 @@
 The families torchvision, timm and transformers need the extra ``zoo`` (torchvision beside it with ``pip install
 --no-deps``); what is not there is left out. Every architecture runs in a process of its own: one that crashes or takes
 longer than ``--limit`` is a row that says so. With --keep finished rows are written at once, and a run that was stopped
-goes on from there. Columns are those of ``zoo_examine.Row``; "seen" is the share of the FLOPs of convolutions and linear
-layers, by torch's counter, in layers that tdfx sees, "sites" that in layers that it can compress.
+goes on from there. Columns are those of ``zoo_examine.Row``; "seen" is the share of the FLOPs of convolutions and
+linear layers, by torch's counter, in layers that tdfx sees, "of sites" that in layers that it can compress.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from tdfx.tables import align
 
 HEADER = (
     "network", "tier", "layers", "sites", "factorized", "left", "seen", "of sites", "captured", "batch 3", "full rank",
-    "FLOPs", "ONNX Runtime", "s",
+    "FLOPs", "ONNX Runtime", "CPU s",
 )  # fmt: skip
 MOST_DIFFERENCE = 1e-4
 LEAST_COVERAGE = 0.99
@@ -181,7 +181,9 @@ def summary(rows: Iterable[Row]) -> str:
             f"{len(rows)} architectures",
             count("crashed", (row.tier == "" for row in rows)),
             count("failed later", (row.tier != "" and row.failed != "" for row in rows)),
-            count("with coverage under 99%", (row.coverage is not None and row.coverage < LEAST_COVERAGE for row in rows)),
+            count(
+                "with coverage under 99%", (row.coverage is not None and row.coverage < LEAST_COVERAGE for row in rows)
+            ),
             count("that differ at full rank", ((row.full_rank or 0) > MOST_DIFFERENCE for row in rows)),
             count("where a wrong factor goes unnoticed", (bool(row.unmoved) for row in rows)),
             count("not exported or with other outputs there", (row.tier != "" and row.parity is None for row in rows)),

@@ -54,10 +54,10 @@ class Row:
         flops: share of the model's FLOPs, half or the least that can be reached.
         parity: difference of ONNX Runtime's outputs from those of the network at ``flops``.
         fixed_batch: whether it is exported for one batch size, as it cannot be for any.
-        dense_export: where the network at ``flops`` is not exported, what keeps torch from exporting the model as given;
-            "" if nothing does.
+        dense_export: where the network at ``flops`` is not exported, what keeps torch from exporting the model as
+            given; "" if nothing does.
         failed: what failed, e.g. "capture: CaptureError: ..."; "" if nothing did.
-        seconds: of all of this.
+        seconds: of processor time, for all of this.
     """
 
     name: str
@@ -82,7 +82,7 @@ class Row:
 
 def examine(name: str, make: Callable[[], Case]) -> Row:
     """The row of one architecture; a step that fails is named in it, and those that do not need it go on."""
-    started = time.perf_counter()
+    started = time.process_time()
     row, failures = Row(name), []
 
     def step(what: str, work: Callable[..., dict[str, Any]], *args: Any) -> bool:
@@ -103,7 +103,7 @@ def examine(name: str, make: Callable[[], Case]) -> Row:
             step("export", _export, held)
     if "case" in held and row.parity is None:
         step("dense export", _dense_export, held)
-    return replace(row, failed="; ".join(failures), seconds=time.perf_counter() - started)
+    return replace(row, failed="; ".join(failures), seconds=time.process_time() - started)
 
 
 # --- the steps: each returns fields of the row, and holds what later ones need ---
@@ -184,7 +184,9 @@ def _dense_export(held: dict[str, Any]) -> dict[str, Any]:
     case: Case = held["case"]
     try:
         with plain_attention():
-            torch.onnx.export(copy.deepcopy(case.model), case.args, kwargs=dict(case.kwargs), dynamo=True, verbose=False)
+            torch.onnx.export(
+                copy.deepcopy(case.model), case.args, kwargs=dict(case.kwargs), dynamo=True, verbose=False
+            )
     except Exception as error:
         return {"dense_export": reason(error)}
     return {"dense_export": ""}

@@ -122,7 +122,6 @@ class LiftModules(RewritePass):
                 user.replace_all_uses_with(part)
                 graph_module.graph.erase_node(user)
 
-
     def _embedding_bag(self, graph_module: fx.GraphModule, node: fx.Node) -> None:
         arguments: Any = node.args
         weight, indices, offsets, _, _, _, weights, *_ = arguments

@@ -87,9 +87,7 @@ def correct_spread(
         Unfit: these inputs do not do for that.
     """
     trial = Trial(captured, inputs, output)
-    names = {
-        entry.last: name for name, entry in solved.items() if entry.bias is not None and entry.site.can_gain_bias
-    }
+    names = {entry.last: name for name, entry in solved.items() if entry.bias is not None and entry.site.can_gain_bias}
     spread = OutputSpread(tuple(names.values()), trial.fit).run(captured.module)
     wanted = {last: spread[name] for last, name in names.items() if name in spread}
     plain = spliced(captured.module, solved)

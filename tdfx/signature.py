@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 Path = tuple[Any, ...]  # torch's steps into containers
+VIEWED = "_tdfx_viewed"  # of a view's class: the model's own
 
 
 @dataclass(frozen=True)
@@ -107,15 +108,15 @@ def _view(model: nn.Module, forward: Callable[..., Any], signature: inspect.Sign
     forward.__wrapped__ = kind.forward  # type: ignore[attr-defined]
     # A graph module compiles forward anew when it is copied.
     base = nn.Module if issubclass(kind, fx.GraphModule) else kind
-    view = nn.Module.__new__(type(kind.__name__, (base,), {"forward": forward}))
+    members = {"forward": forward, VIEWED: getattr(kind, VIEWED, kind)}
+    view: nn.Module = nn.Module.__new__(type(kind.__name__, (base,), members))
     view.__dict__.update({key: value for key, value in vars(model).items() if key != "forward"})
     return view
 
 
 def without_flat_call(view: nn.Module) -> nn.Module:
     """The model, called as it was, on the parts that a view of it has now."""
-    kind = type(view).__mro__[1]
-    model = kind.__new__(kind)
+    model: nn.Module = nn.Module.__new__(getattr(type(view), VIEWED))
     model.__dict__.update(vars(view))
     return model
 

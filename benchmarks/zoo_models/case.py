@@ -48,12 +48,16 @@ def tokens(length: int = 16, vocabulary: int = 100) -> Tensor:
 def enliven(case: Case) -> None:
     """Makes every part of a network count in its outputs, as it does in a trained one; leaves it in eval mode.
 
-    Parameters that start as one constant (biases of 0, scales of residual branches of 1e-6 or 0) get values that differ,
-    and a few runs in train mode give BatchNorm its statistics.
+    Parameters that start as one constant (biases of 0, scales of residual branches of 1e-6 or 0) get values that
+    differ, and a few runs in train mode give BatchNorm its statistics.
     """
     with torch.no_grad():
         for parameter in case.model.parameters():
-            if parameter.is_floating_point() and parameter.numel() > 1 and bool((parameter == parameter.view(-1)[0]).all()):
+            if (
+                parameter.is_floating_point()
+                and parameter.numel() > 1
+                and bool((parameter == parameter.view(-1)[0]).all())
+            ):
                 constant = float(parameter.view(-1)[0])
                 parameter.normal_(1.0 if 0 < abs(constant) < 1 else constant, 0.1)
         case.model.train()

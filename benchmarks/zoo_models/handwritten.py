@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
+
 from zoo_models.case import BATCH, Case, Factory, clips, images, tokens
 
 
@@ -63,7 +64,9 @@ class DiffusionUNet(nn.Module):
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         angles = time[:, None] * torch.exp(torch.arange(8, device=x.device) * -0.5)
         first = self.down1(x)
-        second = self.down2(F.max_pool2d(first, 2)) + self.time(torch.cat([angles.sin(), angles.cos()], 1))[..., None, None]
+        second = (
+            self.down2(F.max_pool2d(first, 2)) + self.time(torch.cat([angles.sin(), angles.cos()], 1))[..., None, None]
+        )
         middle = F.avg_pool2d(second, 2)
         sequence = middle.flatten(2).transpose(1, 2)
         attended, _ = self.attention(sequence, sequence, sequence, need_weights=False)
@@ -120,7 +123,9 @@ class SlowFast(nn.Module):
     def __init__(self, width: int = 16) -> None:
         super().__init__()
         fast = width // 2
-        self.slow1 = nn.Sequential(nn.Conv3d(3, width, (1, 5, 5), (1, 2, 2), (0, 2, 2)), nn.BatchNorm3d(width), nn.ReLU())
+        self.slow1 = nn.Sequential(
+            nn.Conv3d(3, width, (1, 5, 5), (1, 2, 2), (0, 2, 2)), nn.BatchNorm3d(width), nn.ReLU()
+        )
         self.fast1 = nn.Sequential(nn.Conv3d(3, fast, (5, 5, 5), (1, 2, 2), 2), nn.BatchNorm3d(fast), nn.ReLU())
         self.lateral = nn.Conv3d(fast, fast, (5, 1, 1), (2, 1, 1), (2, 0, 0))
         self.slow2 = nn.Sequential(nn.Conv3d(width + fast, 32, 3, (1, 2, 2), 1), nn.BatchNorm3d(32), nn.ReLU())
@@ -369,7 +374,9 @@ class WeightStandardized(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         for conv in (self.first, self.second):
             weight = conv.weight - conv.weight.mean((1, 2, 3), keepdim=True)
-            x = F.relu(F.conv2d(x, weight / (weight.flatten(1).std(1)[:, None, None, None] + 1e-5), conv.bias, padding=1))
+            x = F.relu(
+                F.conv2d(x, weight / (weight.flatten(1).std(1)[:, None, None, None] + 1e-5), conv.bias, padding=1)
+            )
         return self.head(x.mean((2, 3)))
 
 

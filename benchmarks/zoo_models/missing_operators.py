@@ -10,7 +10,10 @@ import torch
 
 @cache
 def define_missing_operators() -> torch.library.Library:
-    """Defines them; call it before the first import of torchvision, timm or transformers. The cache keeps them alive."""
+    """Defines them, for as long as the cache holds what is returned.
+
+    Call it before the first import of torchvision, timm or transformers.
+    """
     library = torch.library.Library("torchvision", "FRAGMENT")
     for name in ("nms", "qnms"):
         with contextlib.suppress(RuntimeError):  # a torchvision that fits has them

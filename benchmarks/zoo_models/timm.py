@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 from torch import nn
+
 from zoo_models.case import Case, Factory, images
 from zoo_models.missing_operators import define_missing_operators
 
@@ -99,7 +100,9 @@ MODELS: dict[str, Factory] = {
     "vovnet": on_images("ese_vovnet19b_slim_dw"),
     "dla": on_images("dla46_c"),
     "hardcorenas": on_images("hardcorenas_a"),
-    "sequencer": on_images("sequencer2d_s", layers=(1, 1, 1, 1), embed_dims=(48, 96, 96, 96), hidden_sizes=(12, 24, 24, 24)),
+    "sequencer": on_images(
+        "sequencer2d_s", layers=(1, 1, 1, 1), embed_dims=(48, 96, 96, 96), hidden_sizes=(12, 24, 24, 24)
+    ),
     "coatnet": on_images("coatnet_pico_rw_224", img_size=64),
     "davit": on_images("davit_tiny", depths=(1, 1, 1, 1), embed_dims=(24, 48, 72, 96), num_heads=(1, 2, 3, 4)),
     "focalnet": of_class(focalnet.FocalNet, depths=(1, 1, 1, 1), embed_dim=24),

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 from torch import nn
+
 from zoo_models.case import Case, Factory, clips, images
 from zoo_models.missing_operators import define_missing_operators
 
 define_missing_operators()
 
 from torchvision import models  # noqa: E402
-from torchvision.models import convnext, efficientnet, mobilenetv3, regnet, resnet, segmentation, vgg, video  # noqa: E402
+from torchvision.models import convnext, efficientnet, mobilenetv3, regnet, resnet, vgg, video  # noqa: E402
+from torchvision.models import swin_transformer as swin  # noqa: E402
 from torchvision.models._utils import IntermediateLayerGetter  # noqa: E402
-from torchvision.models.segmentation import deeplabv3, fcn  # noqa: E402
-from torchvision.models.video import mvit, resnet as video_resnet  # noqa: E402
+from torchvision.models.segmentation import deeplabv3, fcn, lraspp  # noqa: E402
+from torchvision.models.video import mvit  # noqa: E402
+from torchvision.models.video import resnet as video_resnet  # noqa: E402
+from torchvision.models.video import swin_transformer as swin3d  # noqa: E402
 
 CLASSES = 10
 
@@ -64,9 +69,9 @@ def without_last_stage(model: nn.Module, features: int) -> nn.Module:
     return model
 
 
-def narrow_efficientnet(name: str, version: str, **options: Any) -> nn.Module:
+def narrow_efficientnet(name: str, **options: Any) -> nn.Module:
     """An EfficientNet whose stages are cut to one block."""
-    settings, last = efficientnet._efficientnet_conf(name, **options)
+    settings, _ = efficientnet._efficientnet_conf(name, **options)
     for setting in settings:
         setting.num_layers = 1
     return efficientnet.EfficientNet(settings[:5], 0.2, num_classes=CLASSES, last_channel=128)
@@ -88,19 +93,15 @@ def narrow_regnet(se_ratio: float | None) -> nn.Module:
 
 def narrow_convnext() -> nn.Module:
     """ConvNeXt of one block a stage."""
-    sizes = (24, 48, 96, 192, None)
-    return convnext.ConvNeXt(
-        [convnext.CNBlockConfig(a, b, 1) for a, b in zip(sizes, sizes[1:], strict=False)], num_classes=CLASSES
-    )
+    stages = [convnext.CNBlockConfig(a, b, 1) for a, b in pairwise((24, 48, 96, 192, None))]
+    return convnext.ConvNeXt(stages, num_classes=CLASSES)
 
 
-def narrow_swin(block: Any, downsample: Any) -> nn.Module:
+def narrow_swin(block: type[nn.Module], downsample: type[nn.Module]) -> nn.Module:
     """Swin of one or two blocks a stage."""
-    from torchvision.models import swin_transformer as swin
-
     return swin.SwinTransformer(
         [4, 4], 32, [2, 1, 1], [1, 2, 4], [4, 4], num_classes=CLASSES,
-        block=getattr(swin, block), downsample_layer=getattr(swin, downsample),
+        block=block, downsample_layer=downsample,
     )  # fmt: skip
 
 
@@ -112,8 +113,6 @@ def segmented(head: Callable[[int, int], nn.Module], net: Callable[..., nn.Modul
 
 def narrow_lraspp() -> nn.Module:
     """LR-ASPP on MobileNetV3."""
-    from torchvision.models.segmentation import lraspp
-
     settings, last = mobilenetv3._mobilenet_v3_conf("mobilenet_v3_large", dilated=True)
     return lraspp._lraspp_mobilenetv3(mobilenetv3.MobileNetV3(settings, last), 5)
 
@@ -133,21 +132,17 @@ def s3d() -> nn.Module:
 
 def narrow_swin3d() -> nn.Module:
     """Video Swin of two stages."""
-    from torchvision.models.video import swin_transformer as swin3d
-
     return swin3d.SwinTransformer3d([2, 4, 4], 32, [2, 1], [2, 4], [2, 4, 4], num_classes=CLASSES)
 
 
 def narrow_mvit() -> nn.Module:
     """MViT of three blocks, the second with pooled queries."""
-    block = partial(mvit.MSBlockConfig, kernel_q=[3, 3, 3], kernel_kv=[3, 3, 3], stride_kv=[1, 2, 2])
+    block = partial(mvit.MSBlockConfig, kernel_kv=[3, 3, 3], stride_kv=[1, 2, 2])
     blocks = [
-        block(num_heads=1, input_channels=32, output_channels=32, stride_q=[]),
-        block(num_heads=2, input_channels=32, output_channels=64, stride_q=[1, 2, 2]),
-        block(num_heads=2, input_channels=64, output_channels=64, stride_q=[]),
+        block(num_heads=1, input_channels=32, output_channels=32, kernel_q=[], stride_q=[]),
+        block(num_heads=2, input_channels=32, output_channels=64, kernel_q=[3, 3, 3], stride_q=[1, 2, 2]),
+        block(num_heads=2, input_channels=64, output_channels=64, kernel_q=[], stride_q=[]),
     ]
-    for setting in (blocks[0], blocks[2]):
-        setting.kernel_q = []
     return mvit.MViT((32, 32), 4, blocks, residual_pool=False, residual_with_cls_embed=True, rel_pos_embed=False,
                      proj_after_attn=False, num_classes=CLASSES)  # fmt: skip
 
@@ -174,14 +169,14 @@ MODELS: dict[str, Factory] = {
     "mobilenet_v3_small": on_images(narrow_mobilenetv3, "mobilenet_v3_small"),
     "mobilenet_v3_large": on_images(narrow_mobilenetv3, "mobilenet_v3_large"),
     "shufflenet_v2": on_images(models.shufflenet_v2_x0_5, num_classes=CLASSES),
-    "efficientnet": on_images(narrow_efficientnet, "efficientnet_b0", "v1", width_mult=0.75, depth_mult=1.0),
-    "efficientnet_v2": on_images(narrow_efficientnet, "efficientnet_v2_s", "v2"),
+    "efficientnet": on_images(narrow_efficientnet, "efficientnet_b0", width_mult=0.75, depth_mult=1.0),
+    "efficientnet_v2": on_images(narrow_efficientnet, "efficientnet_v2_s"),
     "regnet_x": on_images(narrow_regnet, None),
     "regnet_y": on_images(narrow_regnet, 0.25),
     "mnasnet": on_images(models.mnasnet0_5, num_classes=CLASSES),
     "convnext": on_images(narrow_convnext),
-    "swin": on_images(narrow_swin, "SwinTransformerBlock", "PatchMerging"),
-    "swin_v2": on_images(narrow_swin, "SwinTransformerBlockV2", "PatchMergingV2"),
+    "swin": on_images(narrow_swin, swin.SwinTransformerBlock, swin.PatchMerging),
+    "swin_v2": on_images(narrow_swin, swin.SwinTransformerBlockV2, swin.PatchMergingV2),
     "vit": on_images(
         models.VisionTransformer, image_size=32, patch_size=8, num_layers=2, num_heads=2, hidden_dim=64, mlp_dim=128,
         num_classes=CLASSES, size=32,
@@ -190,7 +185,7 @@ MODELS: dict[str, Factory] = {
         models.MaxVit, input_size=(64, 64), stem_channels=16, partition_size=4, block_channels=[16, 32],
         block_layers=[1, 1], head_dim=8, stochastic_depth_prob=0.1, num_classes=CLASSES,
     ),
-    "fcn": on_images(segmented, fcn.FCNHead, segmentation.FCN if hasattr(segmentation, "FCN") else fcn.FCN),
+    "fcn": on_images(segmented, fcn.FCNHead, fcn.FCN),
     "deeplabv3": on_images(segmented, deeplabv3.DeepLabHead, deeplabv3.DeepLabV3),
     "lraspp": on_images(narrow_lraspp),
     "r3d": on_clips(short_video_resnet, [video_resnet.Conv3DSimple] * 4, video_resnet.BasicStem),

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
 from zoo_models.case import BATCH, Case, Factory, images, tokens
 from zoo_models.missing_operators import define_missing_operators
 
@@ -18,9 +19,9 @@ NARROW = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "
 WORDS = {"vocab_size": 100, "max_position_embeddings": 64}
 PICTURE = {"image_size": 32, "patch_size": 8}
 SPEECH = {
-    **NARROW, "conv_dim": (32, 32, 32), "conv_kernel": (10, 3, 3), "conv_stride": (5, 2, 2), "num_feat_extract_layers": 3,
-    "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4, "vocab_size": 32, "mask_time_prob": 0.0,
-    "apply_spec_augment": False,
+    **NARROW, "conv_dim": (32, 32, 32), "conv_kernel": (10, 3, 3), "conv_stride": (5, 2, 2),
+    "num_feat_extract_layers": 3, "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4,
+    "vocab_size": 32, "mask_time_prob": 0.0, "apply_spec_augment": False,
 }  # fmt: skip
 
 
@@ -97,7 +98,8 @@ MODELS: dict[str, Factory] = {
         text,
     ),
     "gpt2": built(
-        "GPT2LMHeadModel", {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64, "vocab_size": 100, "use_cache": False},
+        "GPT2LMHeadModel",
+        {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64, "vocab_size": 100, "use_cache": False},
         causal_text,
     ),
     "gpt_neox": built("GPTNeoXForCausalLM", {**NARROW, **WORDS, "use_cache": False}, causal_text),
@@ -107,7 +109,11 @@ MODELS: dict[str, Factory] = {
          **WORDS, "use_cache": False},
         causal_text,
     ),
-    "bloom": built("BloomForCausalLM", {"hidden_size": 64, "n_layer": 2, "n_head": 4, "vocab_size": 100, "use_cache": False}, causal_text),
+    "bloom": built(
+        "BloomForCausalLM",
+        {"hidden_size": 64, "n_layer": 2, "n_head": 4, "vocab_size": 100, "use_cache": False},
+        causal_text,
+    ),
     "llama": decoder("LlamaForCausalLM"),
     "mistral": decoder("MistralForCausalLM", sliding_window=8),
     "qwen2": decoder("Qwen2ForCausalLM"),
@@ -117,7 +123,8 @@ MODELS: dict[str, Factory] = {
     "mixtral": decoder("MixtralForCausalLM", num_local_experts=4),
     "t5": built(
         "T5ForConditionalGeneration",
-        {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4, "vocab_size": 100, "use_cache": False},
+        {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4, "vocab_size": 100,
+         "use_cache": False},
         pairs,
     ),
     "bart": built(
@@ -154,7 +161,9 @@ MODELS: dict[str, Factory] = {
         {"hidden_sizes": [24, 32, 48], "neck_hidden_sizes": [8, 16, 24, 32, 40, 48, 96], "image_size": 64},
         pixels(64),
     ),
-    "mobilenet_v2": built("MobileNetV2ForImageClassification", {"depth_multiplier": 0.35, "image_size": 64}, pixels(64)),
+    "mobilenet_v2": built(
+        "MobileNetV2ForImageClassification", {"depth_multiplier": 0.35, "image_size": 64}, pixels(64)
+    ),
     "regnet": built(
         "RegNetForImageClassification",
         {"embedding_size": 16, "hidden_sizes": [16, 32, 48, 64], "depths": [1, 1, 1, 1], "groups_width": 8},
@@ -162,11 +171,6 @@ MODELS: dict[str, Factory] = {
     ),
     "poolformer": built(
         "PoolFormerForImageClassification", {"hidden_sizes": [16, 32, 48, 64], "depths": [1, 1, 1, 1]}, pixels(64)
-    ),
-    "cvt": built(
-        "CvtForImageClassification",
-        {"embed_dim": [16, 32, 48], "num_heads": [1, 2, 3], "depth": [1, 1, 1]},
-        pixels(64),
     ),
     "whisper": built(
         "WhisperForConditionalGeneration",
