@@ -15,7 +15,7 @@ from tdfx.errors import PlanError, TdfxError
 T = TypeVar("T")
 MAY_BE_MISSING = (
     "notes", "caveat", "measured", "quantization", "output_padding", "lookup", "tied", "peak_activation_bytes",
-    "capture", "sizes",
+    "capture", "sizes", "coverage",
 )  # fmt: skip
 """What a person who writes a plan may leave out, and what is seldom there."""
 

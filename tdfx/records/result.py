@@ -16,6 +16,8 @@ from tdfx.records.plan import Plan
 from tdfx.records.reading import parse, read
 from tdfx.tables import count, seconds, share
 
+CAPTURED = {"fx": "by torch.fx", "export": "by torch.export", "inplace": "in place"}
+
 
 @dataclass(frozen=True)
 class PeakActivations:
@@ -28,6 +30,29 @@ class PeakActivations:
 
     before: int
     after: int
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """How much of a model its sites are.
+
+    Attributes:
+        layers: those of sites, and those left as they are with a reason.
+        compressible: layers of sites.
+        factorized: layers that chains have taken the place of.
+        macs: share of the model's multiply-accumulates that is in layers of sites.
+    """
+
+    layers: int
+    compressible: int
+    factorized: int
+    macs: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.compressible} of {self.layers} layers can be compressed, with {self.macs:.1%} of the FLOPs; "
+            f"{self.factorized} are"
+        )
 
 
 @dataclass(frozen=True)
@@ -49,6 +74,7 @@ class Report:
         versions: of tdfx, torch and Python.
         measured: the result timed in ONNX Runtime against its original, where that was asked for.
         peak_activation_bytes: for the example inputs; None where there is no graph.
+        coverage: how much of the model is compressed.
     """
 
     plan: Plan
@@ -63,6 +89,7 @@ class Report:
     versions: dict[str, str]
     measured: Measured | None = None
     peak_activation_bytes: PeakActivations | None = None
+    coverage: Coverage | None = None
 
     def to_json(self) -> str:
         """All of it as indented JSON."""
@@ -97,6 +124,8 @@ class Report:
             lines.append(f"{'latency':18}{seconds(old_s)} -> {seconds(new_s)} ({share(new_s, old_s)}, {source})")
         if self.measured is not None:
             lines.append(f"{'measured':18}{self.measured}")
+        if self.coverage is not None:
+            lines.append(f"{'captured':18}{CAPTURED.get(self.tier, self.tier)}; {self.coverage}")
         lines += [f"skipped {entry.layer}: {entry.reason}" for entry in self.skipped]
         lines += [f"note: {note}" for note in self.notes if note not in self.plan.notes]
         return "\n".join(lines)

@@ -6,7 +6,7 @@ import copy
 import math
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any, Literal
 
@@ -42,7 +42,7 @@ from tdfx.records.dependencies import peak_activation_bytes
 from tdfx.records.inputs import InputSpec
 from tdfx.records.layer import Site
 from tdfx.records.plan import MEASURED, Plan
-from tdfx.records.result import PeakActivations, Report, Result
+from tdfx.records.result import Coverage, PeakActivations, Report, Result
 from tdfx.scoring import Scoring, scoring_of, scoring_of_stored
 from tdfx.signature import Signature, without_flat_call
 from tdfx.stages.capture import RTOL, Model
@@ -212,6 +212,7 @@ def carry_out(
         verification=verification,
         notes=(*captured.notes, *plan.notes, *notes, *((EMPTY_NOTE,) if factors == EMPTY else ())),
         versions={"tdfx": VERSION, "torch": torch.__version__, "python": platform.python_version()},
+        coverage=_coverage(plan, tuple(sites.values()), set(solved), carried_out.before),
         peak_activation_bytes=None if captured.tier == INPLACE else _peaks(captured.plain, compressed, inputs),
     )
     return Result(
@@ -222,6 +223,16 @@ def carry_out(
         plan.skipped,
         report,
         copy.deepcopy(captured.plain.root if isinstance(captured.plain, InPlace) else captured.plain),
+    )
+
+
+def _coverage(plan: Plan, sites: Sequence[Site], factorized: Collection[str], before: Cost) -> Coverage:
+    layers = [layer for site in sites for layer in site.layers]
+    return Coverage(
+        layers=len(layers) + len(plan.skipped),
+        compressible=len(layers),
+        factorized=sum(len(site.layers) for site in sites if site.name in factorized),
+        macs=sum(layer.macs for layer in layers) / before.macs if before.macs else 0.0,
     )
 
 
