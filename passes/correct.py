@@ -22,7 +22,7 @@ from torch import Tensor, fx, nn
 
 from tdfx.passes.base import AnalysisPass, RewritePass, exchange, layer_at
 from tdfx.passes.fold_batch_norm import BatchNorm
-from tdfx.passes.layer_calls import LayerInterpreter
+from tdfx.passes.layer_calls import LayerInterpreter, given
 from tdfx.passes.shape_prop import interpret
 
 MOST_GAIN = 4.0  # of a channel, and least 1 / MOST_GAIN: a channel that is nearly dead stays so
@@ -145,7 +145,7 @@ class _Estimator(LayerInterpreter):
         if not isinstance(module, BatchNorm) or module.running_mean is None or module.running_var is None:
             return forward(*args, **kwargs)
         if name not in self.found:
-            now = spread(args[0], 1)
+            now = spread(given(args, kwargs), 1)
             estimated = copy.deepcopy(module)
             assert estimated.running_mean is not None and estimated.running_var is not None
             estimated.running_mean.copy_(now.mean)

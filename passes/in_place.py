@@ -78,10 +78,20 @@ class InPlace(fx.GraphModule):
     def delete_all_unused_submodules(self) -> None:
         """None is known to be unused."""
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        (call,) = self.graph.find_nodes(op="call_function", target=run_root)
+        return _rebuilt, (self.root, len(call.args) - 1, tuple(call.kwargs), self.meta)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> InPlace:
         duplicate = InPlace(duplicated(self.root, memo), copy.deepcopy(self.graph))
         duplicate.meta.update(self.meta)
         return duplicate
+
+
+def _rebuilt(root: nn.Module, positional: int, keywords: Collection[str], meta: dict[str, Any]) -> InPlace:
+    module = InPlace.of(root, positional, keywords)
+    module.meta.update(meta)
+    return module
 
 
 def duplicated(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:

@@ -15,7 +15,7 @@ from tdfx.errors import ExportError
 
 DEPENDS_ON_VALUES = (
     "its control flow depends on values, which has no ONNX form here: export the parts between such decisions one by "
-    "one, or run the network in PyTorch"
+    "one, or run the network in PyTorch, as tdfx.save and tdfx apply keep it without an ONNX file"
 )
 
 

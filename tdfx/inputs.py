@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from tdfx.errors import InputError
-from tdfx.passes.in_place import InPlace, sharing
+from tdfx.passes.in_place import InPlace
 
 Inputs = Tensor | Sequence[Any]
 CONSTANTS = (int, float, bool, str, type(None))
@@ -60,7 +60,7 @@ def run(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> li
     may write into what it is given; where it runs in place, on one of the module too, which may write into itself.
     """
     if isinstance(module, InPlace):
-        module = sharing(module.root)
+        module = module.forked()
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         copies = pytree.tree_map_only(Tensor, torch.clone, (tuple(args), dict(kwargs)))

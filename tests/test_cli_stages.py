@@ -49,6 +49,19 @@ def test_the_stages_do_what_compress_does(folder: Path) -> None:
     assert planned == carried_out
 
 
+def test_the_way_of_capture_goes_from_stage_to_stage(folder: Path) -> None:
+    profile("--capture", "inplace")
+    tdfx_command("plan", "profile.json", *BUDGET, "-o", "plan.json")
+    tdfx_command("apply", MODEL, "plan.json", *BOTH_INPUTS, "--out", "staged")
+    report = json.loads(Path("staged/report.json").read_text())
+    assert (report["tier"], report["plan"]["capture"]) == ("inplace", "inplace")
+    args, kwargs = example_inputs(INPUTS)
+    network = tdfx.load("staged", load_model(MODEL)).module
+    assert type(network).__name__ == "Net"
+    assert network(*args, **kwargs) is not None
+    profile("--capture", "python", code=2)
+
+
 def test_a_profile_comes_back_from_its_file(folder: Path) -> None:
     stdout, _ = profile()
     assert "second" in stdout

@@ -470,7 +470,7 @@ def test_the_report_says_it_all() -> None:
     values = json.loads(report.to_json())
     assert list(values) == [
         "plan", "before", "after", "skipped", "inputs", "tier", "timings_s", "verification", "notes", "versions",
-        "measured", "peak_activation_bytes",
+        "measured", "peak_activation_bytes", "coverage",
     ]  # fmt: skip
     assert list(report.timings_s) == ["capture", "factorize", "verify"] and min(report.timings_s.values()) > 0
     assert report.versions["torch"] == torch.__version__
@@ -478,8 +478,8 @@ def test_the_report_says_it_all() -> None:
     assert str(report.plan) in text
     percent = 100 * report.after.flops / report.before.flops
     assert f"({percent:.1f}%)" in text
-    assert [line.split()[0] for line in text.split("\n")[-5:]] == [
-        "FLOPs", "parameters", "weight", "activation", "latency",
+    assert [line.split()[0] for line in text.split("\n")[-6:]] == [
+        "FLOPs", "parameters", "weight", "activation", "latency", "captured",
     ]  # fmt: skip
     assert math.isfinite(percent)
 

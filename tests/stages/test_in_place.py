@@ -119,6 +119,16 @@ def test_layers_that_nothing_can_stand_in_for_are_skipped_with_reasons() -> None
     assert reasons["other.self_attn.out_proj"].startswith("forward computes with its bias and weight directly")
 
 
+def test_the_report_says_how_much_was_covered() -> None:
+    model, first, _ = build_python("readers")
+    result = tdfx.apply(model, first, full_rank_plan(capture(model, first)))
+    found = result.report.coverage
+    assert found is not None and (found.compressible, found.factorized) == (1, 1)
+    assert found.layers == 1 + len(result.skipped)
+    assert found.macs == pytest.approx(1 / 6, rel=1e-12)
+    assert "captured          in place; 1 of" in str(result.report) and "with 16.7% of the FLOPs" in str(result.report)
+
+
 def test_a_layer_of_the_branch_not_taken_is_skipped() -> None:
     model, first, second = build_python("branch")
     (entry,) = capture(model, first).skipped
@@ -256,6 +266,8 @@ def test_results_are_copied_pickled_and_captured_again() -> None:
     for other in (copy.deepcopy(result.module), pickle.loads(pickle.dumps(result.module))):
         for x in (first, second):
             same(run(other, (x,), {}), run(result.module, (x,), {}), 0.0)
+    module = capture(result.module, first).module
+    same(run(pickle.loads(pickle.dumps(module)), (second,), {}), run(result.module, (second,), {}), 0.0)
     again = capture(result.module, first)
     assert again.tier == "inplace"
     names = {site.name for site in tdfx.profile(again, target=None, rank_multiple=1).sites}
@@ -288,6 +300,33 @@ def test_export_writes_what_torch_can_and_says_what_has_no_form(tmp_path: Path) 
 
 
 # What Python code may do
+
+
+def test_inputs_by_position_and_keyword() -> None:
+    class Mixed(Branch):
+        def forward(self, *xs: Tensor, scale: Tensor, shift: Tensor | None = None, **rest: Tensor) -> Any:
+            y = super().forward(xs[0] + xs[1])["scores"]
+            return y * scale + (0 if shift is None else shift) + rest["other"].sum()
+
+    model, x = Mixed().eval(), torch.randn(3, 24)
+    kwargs = {"scale": torch.tensor([[2.0], [3.0], [4.0]]), "other": torch.ones(3, 1)}
+    captured = capture(model, (x, x), kwargs)
+    assert captured.tier == "inplace"
+    moments = tdfx.calibrate(captured, [(x, x, *kwargs.values())] * 2, metric="feature")
+    options: dict[str, Any] = {"target": None, "rank_multiple": 4, "methods": ["svd"], "calibration": moments}
+    result = tdfx.compress(model, (x, x), kwargs, budget="flops=99%", **options)
+    tuned = tdfx.tune(result, [(x, x, *kwargs.values())] * 4, epochs=1, batch_size=4, output="values")
+    assert len(run(tuned.module, (x, x), kwargs)) == 1
+    again = copy.deepcopy(captured.module)
+    same([again(x, x, *kwargs.values())], run(model, (x, x), kwargs), 0.0)
+
+
+def test_a_network_in_half_precision_is_tuned() -> None:
+    model, first, second = build_python("branch")
+    model, first, second = model.bfloat16(), first.bfloat16(), second.bfloat16()
+    result = tdfx.compress(model, first, budget="flops=70%", target=None, rank_multiple=4, methods=["svd"])
+    tuned = tdfx.tune(result, torch.cat([first, second]).repeat(4, 1), epochs=1, batch_size=4, output="values")
+    assert {parameter.dtype for parameter in tuned.module.parameters()} == {torch.bfloat16}
 
 
 def test_a_layer_of_two_names_is_replaced_under_both() -> None:
