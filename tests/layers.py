@@ -19,6 +19,8 @@ LAYERS: dict[str, type[nn.Module]] = {
     "conv_transpose1d": nn.ConvTranspose1d,
     "conv_transpose2d": nn.ConvTranspose2d,
     "conv_transpose3d": nn.ConvTranspose3d,
+    "embedding": nn.Embedding,
+    "embeddingbag": nn.EmbeddingBag,
 }
 
 
@@ -35,6 +37,13 @@ def bias_of(site: Site) -> Tensor | None:
 def dense_layer(site: Site, weight: Tensor) -> nn.Module:
     """The site's own layer in float64 with this weight and the bias of ``bias_of``."""
     spec = site.layer
+    if spec.lookup is not None:
+        bag = {"mode": spec.lookup.mode} if spec.lookup.mode else {}
+        table = LAYERS[spec.kind](
+            spec.in_channels, spec.out_channels, padding_idx=spec.lookup.padding_idx, dtype=torch.float64, **bag
+        )
+        table.load_state_dict({"weight": weight.T})
+        return table
     options = {} if spec.kind == "linear" else {
         "kernel_size": spec.kernel_size,
         "stride": spec.stride,
@@ -63,8 +72,10 @@ def reversed_kernels(weight: Tensor, groups: int) -> Tensor:
 
 
 def inputs(spec: LayerSpec) -> list[Tensor]:
-    """One random float64 input per call."""
+    """One random float64 input, or one of random rows, per call."""
     generator = torch.Generator().manual_seed(1)
+    if spec.lookup is not None:
+        return [torch.randint(spec.in_channels, call.input_shape, generator=generator) for call in spec.calls]
     return [torch.randn(call.input_shape, generator=generator, dtype=torch.float64) for call in spec.calls]
 
 
@@ -75,6 +86,8 @@ def factors_of(chain: nn.Sequential) -> Factors:
 
 def _factor(layer: Any) -> Tensor:
     weight: Tensor = layer.weight.detach()
-    if not isinstance(layer, nn.modules.conv._ConvTransposeNd):
-        return weight
-    return reversed_kernels(weight, layer.groups)
+    if isinstance(layer, nn.Embedding | nn.EmbeddingBag):
+        return weight.T
+    if isinstance(layer, nn.modules.conv._ConvTransposeNd):
+        return reversed_kernels(weight, layer.groups)
+    return weight

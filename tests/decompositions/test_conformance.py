@@ -20,7 +20,7 @@ from tdfx.decompositions import find_methods, registry
 from tdfx.decompositions.base import Decomposition, Factors
 from tdfx.decompositions.grouped import in_groups
 from tdfx.errors import OptionError
-from tdfx.records.layer import LayerSpec, Rank, Shape, Site
+from tdfx.records.layer import LayerSpec, Lookup, Rank, Shape, Site
 
 # torch's hint that padding="same" with an even kernel copies the input
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
@@ -74,12 +74,22 @@ def transposed(
     return layer.called_on(shapes or ((2, inputs, *(4, 3, 5)[:dims]),))
 
 
+def table(name: str, rows: int, columns: int, *shapes: Shape, dtype: str = "float64", **options: Any) -> LayerSpec:
+    kind = "embeddingbag" if "mode" in options else "embedding"
+    spec = LayerSpec(name, kind, rows, columns, dtype=dtype, lookup=Lookup(**options))  # type: ignore[arg-type]
+    return spec.called_on(shapes)
+
+
 SPECS = (
     linear("linear-2d", 20, 12, (5, 20)),
     linear("linear-3d-wider", 10, 24, (2, 7, 10), bias=False),
     linear("linear-twice-float32", 16, 16, (4, 16), (2, 3, 16), dtype="float32"),
     linear("linear-bfloat16", 24, 16, (4, 24), dtype="bfloat16"),
     linear("linear-float16", 16, 24, (4, 16), dtype="float16"),
+    table("embedding", 40, 12, (3, 7), padding_idx=5),
+    table("embedding-few-rows-twice", 16, 24, (9,), (2, 3, 4), dtype="float32"),
+    table("embedding-bag-sum", 30, 16, (4, 6), mode="sum", padding_idx=2),
+    table("embedding-bag-mean", 30, 16, (4, 6), mode="mean", padding_idx=2, dtype="float32"),
     conv("1x1", 12, 20, (1, 1)),
     conv("1x1-stride2-padded", 20, 12, (1, 1), stride=2, padding=1),
     conv("1x1-stride2x1-reflect", 16, 12, (1, 1), stride=(2, 1), padding=(1, 2), padding_mode="reflect", bias=False),
@@ -138,7 +148,7 @@ PLACES = [(in_groups(method, site.layer.groups), site) for method in METHODS for
 PAIRS = [(method, site) for method, site in PLACES if method.unsupported(site) is None]
 SIMPLE = (
     "linear-2d", "linear-3d-wider", "1x1", "3x3", "3x3-narrower-no-bias", "2x2-even", "1x3", "conv1d", "conv3d",
-    "grouped-3x3", "depthwise-5x5",
+    "grouped-3x3", "depthwise-5x5", "embedding",
 )  # fmt: skip
 
 

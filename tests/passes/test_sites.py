@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 
 from tdfx.passes.shape_prop import ShapeProp, TensorMeta, bind
 from tdfx.passes.sites import FindSites, layer_spec
-from tdfx.records.layer import Call, LayerSpec, Site, Skipped
+from tdfx.records.layer import Call, LayerSpec, Lookup, Site, Skipped
 from tdfx.stages.capture import capture
 
 Found = tuple[tuple[Site, ...], tuple[Skipped, ...]]
@@ -44,7 +44,7 @@ def observed(module: fx.GraphModule, args: tuple[Tensor, ...]) -> dict[str, list
             )
         )
         for name, part in module.named_modules()
-        if isinstance(part, nn.Linear | nn.modules.conv._ConvNd)
+        if isinstance(part, nn.Linear | nn.modules.conv._ConvNd | nn.Embedding)
     ]
     with torch.no_grad():
         module(*args)
@@ -72,7 +72,8 @@ def test_specifications_are_those_of_the_layers_that_run(name: str) -> None:
         assert spec.params == sum(parameter.numel() for parameter in layer.parameters())
         assert spec.weight_bytes == sum(parameter.nbytes for parameter in layer.parameters())
         shapes = (call.input_shape if spec.is_transposed else call.output_shape for call in spec.calls)
-        assert spec.macs == sum(map(math.prod, shapes)) * layer.get_parameter("weight")[0].numel()
+        weight = layer.get_parameter("weight")
+        assert spec.macs == (0 if spec.lookup else sum(map(math.prod, shapes)) * weight[0].numel())
 
 
 @pytest.mark.parametrize("name", sorted(NETWORKS))
@@ -80,7 +81,10 @@ def test_every_layer_with_a_weight_matrix_is_a_site_or_has_a_reason(name: str) -
     model, args = build(name)
     captured = capture(model, args)
     sites, skipped = FindSites(ShapeProp(args).run(captured.module)).run(captured.module)
-    named = [*(site.name for site in sites), *(entry.layer for entry in (*captured.skipped, *skipped))]
+    named = [
+        *(layer.name for site in sites for layer in site.layers),
+        *(entry.layer for entry in (*captured.skipped, *skipped)),
+    ]
     matrices = [path for path, parameter in model.named_parameters() if parameter.dim() >= 2]
     assert matrices
     for path in matrices:
@@ -192,9 +196,10 @@ UNSUPPORTED: dict[str, tuple[Callable[[], nn.Module], Tensor, str]] = {
         X,
         "a depthwise 7 convolution is cheap already; kernels of 5 x 5 and more are decomposed",
     ),
-    "lstm": (lambda: first(nn.LSTM(6, 3)), X, "LSTM layers are not compressed; Linear and convolution layers are"),
+    "lstm": (lambda: first(nn.LSTM(6, 3)), X, "LSTM layers are not compressed; Linear, convolution and"),
     "gru": (lambda: first(nn.GRU(6, 3)), X, "GRU layers are not compressed"),
-    "embedding": (lambda: only(nn.Embedding(5, 3)), TOKENS, "Embedding layers are not compressed"),
+    "max_norm": (lambda: only(nn.Embedding(5, 3, max_norm=1.0)), TOKENS, "it rescales its rows to max_norm"),
+    "max": (lambda: only(nn.EmbeddingBag(5, 3, mode="max")), TOKENS, "a bag's maximum is not linear in its rows"),
     "attention": (attention, X, "MultiheadAttention layers are not compressed"),
     "transposed of its own": (lambda: only(OwnPadding(4, 3, 3)), X, "OwnPadding has a forward of its own"),
     "transposed to a size": (
@@ -251,20 +256,59 @@ def linears(**shared: str) -> tuple[nn.Linear, nn.Linear]:
     return one, other
 
 
-@pytest.mark.parametrize("name", ["weight", "bias"])
-def test_tied_layers_are_skipped(name: str) -> None:
-    found = skips(Apply(lambda a, b, x: a(b(x)), *linears(**{name: "tied"})), X)
+@pytest.mark.parametrize("tied", [("bias",), ("weight", "bias")])
+def test_layers_that_share_a_bias_are_skipped(tied: tuple[str, ...]) -> None:
+    found = skips(Apply(lambda a, b, x: a(b(x)), *linears(**dict.fromkeys(tied, "tied"))), X)
     assert found == {
         f"layers.{one}": f"it shares parameters with layers.{other}; a chain for one of them would break the tie"
         for one, other in ((0, 1), (1, 0))
     }
 
 
-def test_a_head_tied_to_an_embedding_is_skipped() -> None:
-    embedding, head = nn.Embedding(5, 6), nn.Linear(6, 5, bias=False)
+def test_layers_that_share_a_weight_are_one_site() -> None:
+    ((site,), skipped) = find(Apply(lambda a, b, x: a(b(x)), *linears(weight="tied")), X)
+    assert skipped == ()
+    assert (site.name, site.kind) == ("layers.1", "linear")  # in the order of execution
+    assert [(layer.name, layer.tied, layer.params) for layer in site.layers] == [
+        ("layers.1", False, 42),
+        ("layers.0", True, 6),
+    ]
+    assert not any(site.is_turned(layer) for layer in site.layers)
+
+
+def test_a_head_tied_to_an_embedding_is_of_its_site() -> None:
+    embedding, head = nn.Embedding(5, 6, padding_idx=1), nn.Linear(6, 5)
     head.weight = embedding.weight
-    found = skips(Apply(lambda embedding, head, x: head(embedding(x)), embedding, head), TOKENS)
-    assert found["layers.1"].startswith("it shares parameters with layers.0;")
+    model = Apply(lambda embedding, head, x: head(embedding(x)), embedding, head)
+    ((site,), skipped) = find(model, TOKENS)
+    assert skipped == ()
+    assert (site.name, site.kind, site.layer.lookup) == ("layers.0", "embedding", Lookup(padding_idx=1))
+    assert [layer.weight_shape for layer in site.layers] == [(6, 5), (5, 6)]
+    assert [site.is_turned(layer) for layer in site.layers] == [False, True]
+    assert sum(layer.params for layer in site.layers) == sum(parameter.numel() for parameter in model.parameters())
+    assert [layer.macs for layer in site.layers] == [0, 6 * 30]
+
+
+@pytest.mark.parametrize("reads", ["a function", "another layer's obstacle"])
+def test_a_tie_with_what_cannot_follow_is_skipped(reads: str) -> None:
+    embedding, head = nn.Embedding(5, 6, max_norm=None if reads == "a function" else 9.0), nn.Linear(6, 5, bias=False)
+    head.weight = embedding.weight
+
+    def function(embedding: nn.Embedding, head: nn.Linear, x: Tensor) -> Tensor:
+        output: Tensor = head(embedding(x))
+        return output + head.weight.sum() if reads == "a function" else output
+
+    found = skips(Apply(function, embedding, head), TOKENS)
+    assert found["layers.1"].startswith("it shares parameters with ")
+
+
+def test_options_of_embeddings() -> None:
+    spec = layer_spec("a", nn.Embedding(4, 6, padding_idx=-1, scale_grad_by_freq=True, sparse=True).half(), ())
+    lookup = Lookup(padding_idx=3, scale_grad_by_freq=True, sparse=True)
+    assert spec == LayerSpec("a", "embedding", 4, 6, dtype="float16", lookup=lookup)
+    bag = layer_spec("a", nn.EmbeddingBag(4, 6, mode="sum", include_last_offset=True), ())
+    assert bag.lookup == Lookup(mode="sum", include_last_offset=True)
+    assert bag.kind == "embeddingbag"
 
 
 @pytest.mark.parametrize("name", ["weight", "bias"])
@@ -283,8 +327,8 @@ def test_a_parameter_of_the_network_that_is_a_layers_too() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return F.linear(self.layer(x), self.kernel)
 
-    reason = "it shares parameters with {}; a chain for one of them would break the tie"
-    assert skips(Held(), X) == {"layer": reason.format("kernel"), "kernel": reason.format("layer")}
+    ((site,), skipped) = find(Held(), X)
+    assert ([layer.name for layer in site.layers], skipped) == (["layer", "kernel"], ())
 
 
 def test_a_layer_inside_another_that_is_called_too_is_skipped() -> None:
