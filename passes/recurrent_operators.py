@@ -61,7 +61,7 @@ def recurrent_call(graph_module: fx.GraphModule, node: fx.Node) -> RecurrentCall
     made = _layer(node.target, found, *options) if options else _cell(node.target, found)
     if made is None:
         return None
-    names = made._flat_weights_names if isinstance(made, nn.RNNBase) else list(made._parameters)
+    names = [name for name, _ in made.named_parameters()]
     state = tuple(state) if isinstance(state, list | tuple) else state
     return RecurrentCall(str(held[0].target), holding(made, dict(zip(names, found, strict=True))).eval(), (x, state))
 
@@ -83,11 +83,16 @@ def _layer(
     more: dict[str, Any] = {**options, "device": "meta"}
     if len(parameters) // (layers * (1 + bidirectional)) % 2:
         more["proj_size"] = parameters[1].shape[1]
-    make: Any = kind
-    made: nn.RNNBase = make(
-        first.shape[1], hidden, layers, biases, batch_first, dropout if layers > 1 else 0.0, bidirectional, **more
+    return kind(
+        first.shape[1],  # type: ignore[arg-type]
+        hidden,
+        num_layers=layers,
+        bias=biases,
+        batch_first=batch_first,
+        dropout=dropout if layers > 1 else 0.0,
+        bidirectional=bidirectional,
+        **more,
     )
-    return made
 
 
 def _cell(target: Any, parameters: list[nn.Parameter]) -> nn.RNNCellBase:

@@ -270,12 +270,12 @@ class Reading(nn.Module):
 
 
 OPTIONS: dict[str, Any] = {"num_layers": 2, "bidirectional": True, "dropout": 0.5}
-RECURRENT: dict[str, Callable[[], nn.Module]] = {
-    "LSTM": lambda: nn.LSTM(6, 5, batch_first=True, **OPTIONS),
-    "LSTM, projected": lambda: nn.LSTM(6, 5, proj_size=3, **OPTIONS),
-    "GRU": lambda: nn.GRU(6, 5, **OPTIONS),
-    "RNN": lambda: nn.RNN(6, 5, batch_first=True, **OPTIONS),
-    "RNN, relu": lambda: nn.RNN(6, 5, nonlinearity="relu", **OPTIONS),
+RECURRENT: dict[str, Callable[..., nn.RNNBase]] = {
+    "LSTM": lambda **more: nn.LSTM(6, 5, batch_first=True, **OPTIONS, **more),
+    "LSTM, projected": lambda **more: nn.LSTM(6, 5, proj_size=3, **OPTIONS, **more),
+    "GRU": lambda **more: nn.GRU(6, 5, **OPTIONS, **more),
+    "RNN": lambda **more: nn.RNN(6, 5, batch_first=True, **OPTIONS, **more),
+    "RNN, relu": lambda **more: nn.RNN(6, 5, nonlinearity="relu", **OPTIONS, **more),
 }
 
 
@@ -289,10 +289,53 @@ def test_recurrent_layers_are_the_models_own(name: str) -> None:
     check_training(found, model, x)
 
 
-def test_a_recurrent_layer_with_a_forward_of_its_own_stays_an_operator() -> None:
+def test_a_recurrent_layer_with_a_forward_of_its_own_becomes_torchs() -> None:
     model, x = Reading(Outputs(6, 5)).eval(), torch.randn(3, 4, 6)
     found = lifted(model, x)
-    assert kinds(found) == []
+    assert kinds(found) == ["LSTM"]
+    assert type(found.get_submodule("rnn")) is nn.LSTM
+    same(found(x), model(x))
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN:UserWarning")
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("name", RECURRENT)
+def test_recurrent_layers_are_made_where_there_are_parameters_alone(name: str, bias: bool) -> None:
+    rnn = RECURRENT[name](bias=bias)
+    model, x = Reading(rnn).eval(), torch.randn(3, 4, 6)
+    found = LiftModules(nn.Module()).run(export_trace(model, (x,), {})[0])
+    assert repr(found.get_submodule("rnn")) == repr(rnn)
+    same(found(x), model(x))
+
+
+CELLS: dict[str, Callable[..., nn.RNNCellBase]] = {
+    "LSTMCell": nn.LSTMCell,
+    "GRUCell": nn.GRUCell,
+    "RNNCell": nn.RNNCell,
+    "RNNCell, relu": lambda *sizes, **options: nn.RNNCell(*sizes, nonlinearity="relu", **options),
+}
+
+
+class Twice(nn.Module):
+    """A cell that goes two steps."""
+
+    def __init__(self, cell: nn.Module) -> None:
+        super().__init__()
+        self.cell = cell
+
+    def forward(self, x: Tensor) -> Any:
+        return self.cell(x, self.cell(x))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize("name", CELLS)
+def test_cells_are_lifted_once_for_all_calls(name: str, own: bool, bias: bool) -> None:
+    model, x = Twice(CELLS[name](6, 5, bias=bias)).eval(), torch.randn(3, 6)
+    found = LiftModules(model if own else nn.Module()).run(export_trace(model, (x,), {})[0])
+    assert [str(node.target) for node in found.graph.nodes if node.op == "call_module"] == ["cell", "cell"]
+    assert (found.get_submodule("cell") is model.cell) == own
+    assert repr(found.get_submodule("cell")) == repr(model.cell)
     same(found(x), model(x))
 
 

@@ -89,9 +89,13 @@ def test_every_layer_with_a_weight_matrix_is_a_site_or_has_a_reason(name: str) -
     assert matrices
     for path in matrices:
         holder, _, weight = path.rpartition(".")
-        # The packed weight of attention becomes that of three layers.
-        names = [f"{holder}.{part}_proj" for part in "qkv"] if weight == "in_proj_weight" else [holder, path]
-        assert sum(map(named.count, names)) == (3 if weight == "in_proj_weight" else 1), path
+        names, expected = [holder, path], 1
+        if weight == "in_proj_weight":  # the packed weight of attention becomes that of three layers
+            names, expected = [f"{holder}.{part}_proj" for part in "qkv"], 3
+        elif "_ih_l" in weight or "_hh_l" in weight:  # of both directions
+            layer = weight.removesuffix("_reverse").rpartition("_")[2]
+            names = [f"{holder}.ih_{layer}" if "_ih_" in weight else f"{holder}.{layer}"]
+        assert sum(map(named.count, names)) == expected, path
 
 
 def test_options_of_a_convolution() -> None:
@@ -196,8 +200,6 @@ UNSUPPORTED: dict[str, tuple[Callable[[], nn.Module], Tensor, str]] = {
         X,
         "a depthwise 7 convolution is cheap already; kernels of 5 x 5 and more are decomposed",
     ),
-    "lstm": (lambda: first(nn.LSTM(6, 3)), X, "LSTM layers are not compressed; Linear, convolution and"),
-    "gru": (lambda: first(nn.GRU(6, 3)), X, "GRU layers are not compressed"),
     "max_norm": (lambda: only(nn.Embedding(5, 3, max_norm=1.0)), TOKENS, "it rescales its rows to max_norm"),
     "max": (lambda: only(nn.EmbeddingBag(5, 3, mode="max")), TOKENS, "a bag's maximum is not linear in its rows"),
     "attention": (attention, X, "MultiheadAttention layers are not compressed"),
