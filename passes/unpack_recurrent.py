@@ -39,7 +39,13 @@ RECURRENCE = "its recurrent weights are not compressed: low-rank ones would have
 
 
 def obstacle(graph_module: fx.GraphModule, name: str, metas: Mapping[str, TensorMeta]) -> str | None:
-    """Why the input weights of a recurrent layer cannot be taken out, None if they can."""
+    """Why the input weights of a recurrent layer cannot be taken out, None if they can.
+
+    Args:
+        graph_module: the graph.
+        name: of the layer; a core says why its own weights stay.
+        metas: shapes by node name, as ``ShapeProp`` returns them.
+    """
     module = cast(Recurrent, graph_module.get_submodule(name))
     if is_core(module):
         return RECURRENCE
@@ -89,11 +95,12 @@ class UnpackRecurrent(RewritePass):
     trainable: bool = False
 
     def rewrite(self, graph_module: fx.GraphModule) -> None:
-        for name in _called(graph_module):
-            module = graph_module.get_submodule(name)
-            if name in self.names and is_recurrent(module):
-                self._unpack(graph_module, name, cast(Recurrent, module))
-        DropUnread().rewrite(graph_module)
+        wanted = [name for name in _called(graph_module) if name in self.names]
+        layers = [name for name in wanted if is_recurrent(graph_module.get_submodule(name))]
+        for name in layers:
+            self._unpack(graph_module, name, cast(Recurrent, graph_module.get_submodule(name)))
+        if layers:
+            DropUnread().rewrite(graph_module)  # states that nobody reads
 
     def _unpack(self, graph_module: fx.GraphModule, name: str, module: Recurrent) -> None:
         calls = _calls(graph_module, name)

@@ -149,7 +149,7 @@ def capture(
         merged = MergedLayers().run(plain)
         hidden = (*_unseen(unpacked, traced), *merged, *_remaining_batch_norms(plain, inputs, trainable))
         notes = (*notes, *(f"{name}: {UPDATED}; the result does not" for name in changed))
-        notes = (*notes, *(_train_notes(unpacked, module) if trainable else ()))
+        notes = (*notes, *(_train_notes(unpacked, plain) if trainable else ()))
     workloads = count(network, args, kwargs)
     return Capture(
         original=original,

@@ -272,3 +272,11 @@ def test_a_recurrent_layer_alone_is_a_network_and_an_operator_in_onnx(tmp_path: 
     report = tdfx.export_onnx(result.module, tmp_path / "layer.onnx", x)
     assert report.max_rel_diff < 1e-4
     assert "LSTM" in [node.op_type for node in onnx.load(tmp_path / "layer.onnx").graph.node]
+
+
+def test_a_subclass_that_computes_nothing_of_its_own_has_no_note() -> None:
+    class Mine(nn.LSTM):
+        pass
+
+    network = capture(nn.Sequential(Mine(WIDTH, HIDDEN)), torch.randn(2, BATCH, WIDTH), trainable=True)
+    assert network.notes == ()
