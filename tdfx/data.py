@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from tdfx.errors import InputError, OptionError
+from tdfx.signature import named_leaves
 
 FORMS = (
     "expected a tensor, a tuple or dictionary of tensors of one length, or a list, loader or other iterable of batches"
@@ -60,7 +61,8 @@ def batches(data: object, placeholders: Sequence[str], *, batch_size: int = 32, 
         data: a data set, which is split into batches: a tensor (n, ...), or tensors of one length n in a tuple
             (inputs in order, then labels) or in a dictionary (inputs by name, other keys are labels); or a list,
             loader or other iterable of batches. A batch is a tensor, a tuple or list (as above), a dictionary (as
-            above), or a tuple whose first entry is one of these with all the inputs, the rest labels.
+            above), or a tuple whose first entry is one of these with all the inputs, the rest labels. Tensors in
+            containers are found by the keys that name them, or in order.
         placeholders: names of the graph's inputs.
         batch_size: samples in a batch of a data set; iterables have batches of their own.
         start: index of the first batch to give; those before it are not read where data is a data set or a list.
@@ -155,6 +157,8 @@ def _parts(
     if isinstance(entry, Tensor):
         entry = (entry,)
     if isinstance(entry, Mapping):
+        if not all(name in entry for name in placeholders):
+            entry = named_leaves(dict(entry))
         missing = [name for name in placeholders if name not in entry]
         if missing:
             raise InputError(
@@ -167,6 +171,9 @@ def _parts(
             f"batch {index} of the data is a {type(entry).__name__}; expected a tensor, a tuple of tensors or a "
             "dictionary of tensors"
         )
+    nested = [value for value in entry[: len(placeholders)] if isinstance(value, tuple | list | Mapping)]
+    if nested and (nested[0] is not entry[0] or len(pytree.tree_leaves(entry[0])) < len(placeholders)):
+        return _taken_apart(entry, placeholders)
     if entry and isinstance(entry[0], tuple | list | Mapping):
         inputs, labels = _parts(index, entry[0], placeholders)
         return inputs, (*(labels.values() if isinstance(labels, dict) else labels), *entry[1:])
@@ -176,3 +183,14 @@ def _parts(
             f"({', '.join(placeholders)})"
         )
     return entry[: len(placeholders)], tuple(entry[len(placeholders) :])
+
+
+def _taken_apart(entry: tuple[object, ...] | list[object], placeholders: tuple[str, ...]) -> Any:
+    """Inputs and labels of arguments with containers among them: by name from dictionaries, the others in order."""
+    found: dict[str, Any] = {}
+    for index, value in enumerate(entry):
+        inner = named_leaves(value) if isinstance(value, Mapping) else dict(enumerate(pytree.tree_leaves(value)))
+        found |= {key if key in placeholders else f"{index} {key}": leaf for key, leaf in inner.items()}
+    others = iter([key for key in found if key not in placeholders])
+    keys = [name if name in found else next(others, "") for name in placeholders]
+    return [found.get(key) for key in keys], tuple(found[key] for key in others)

@@ -108,8 +108,9 @@ def _view(model: nn.Module, forward: Callable[..., Any], signature: inspect.Sign
     forward.__wrapped__ = kind.forward  # type: ignore[attr-defined]
     # A graph module compiles forward anew when it is copied.
     base = nn.Module if issubclass(kind, fx.GraphModule) else kind
-    members = {"forward": forward, VIEWED: getattr(kind, VIEWED, kind)}
-    view: nn.Module = nn.Module.__new__(type(kind.__name__, (base,), members))
+    # Some models look themselves up by the name of their class.
+    named = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, VIEWED: getattr(kind, VIEWED, kind)}
+    view: nn.Module = nn.Module.__new__(type(kind.__name__, (base,), {"forward": forward, **named}))
     view.__dict__.update({key: value for key, value in vars(model).items() if key != "forward"})
     return view
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections import UserDict
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -20,36 +22,41 @@ def test_no_positional_input_is_fine() -> None:
     assert as_args(()) == ()
 
 
+def test_containers_and_constants_are_arguments() -> None:
+    given = ({"x": X, "scale": 2.0}, [X, (True, None)], "mode", 3)
+    assert as_args(given) == given
+
+
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [
-        ({"x": X}, r"example_inputs is a dict; expected a tensor or a tuple of tensors.*example_kwargs"),
+        ({"x": X}, r"example_inputs is a dict; expected a tensor or a tuple of arguments.*example_kwargs"),
         (None, "example_inputs is a NoneType"),
-        ((X, 3), r"example_inputs\[1\] is a int; expected a tensor"),
-        ([X.numpy()], r"example_inputs\[0\] is a ndarray; expected a tensor"),
-        (((X, X),), r"example_inputs\[0\] is a tuple; expected a tensor"),
+        ([X.numpy()], r"example_inputs\[0\] is a ndarray; expected a tensor, a number"),
+        (((X, {"y": X.numpy()}),), r"example_inputs\[0\]\[1\]\['y'\] is a ndarray; expected a tensor"),
     ],
 )
-def test_what_is_no_tensor_is_named(inputs: object, message: str) -> None:
+def test_what_is_no_argument_is_named(inputs: object, message: str) -> None:
     with pytest.raises(InputError, match=message):
         as_args(inputs)
 
 
 def test_keyword_inputs() -> None:
     assert as_kwargs(None) == {}
-    given = {"x": X}
+    given = {"x": X, "scale": 2.0}
     found = as_kwargs(given)
-    assert found is not given and found["x"] is X
+    assert found is not given and found["x"] is X and found["scale"] == 2.0
+    assert type(as_kwargs(UserDict(given))) is dict
 
 
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ([X], "example_kwargs is a list; expected a dictionary of tensors"),
-        ({"x": X, "scale": 2.0}, r"example_kwargs\['scale'\] is a float; expected a tensor"),
+        ([X], "example_kwargs is a list; expected a dictionary of arguments"),
+        ({"x": X, "scale": slice(2)}, r"example_kwargs\['scale'\] is a slice; expected a tensor"),
     ],
 )
-def test_what_is_no_tensor_by_keyword_is_named(kwargs: object, message: str) -> None:
+def test_what_is_no_argument_by_keyword_is_named(kwargs: object, message: str) -> None:
     with pytest.raises(InputError, match=message):
         as_kwargs(kwargs)
 

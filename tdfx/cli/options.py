@@ -57,6 +57,7 @@ CORRECT_HELP = "Give the outputs of compressed layers their mean back, and with 
 QUANTIZE_HELP = "Also write model.int8.onnx: calibrated on --data; without, ranges are found anew in every run."
 SESSION_CONFIG_HELP = "Of ONNX Runtime's session where latency is measured, e.g. session.intra_op.allow_spinning=0."
 CAPTURE_HELP = "fx: symbolic tracing, export: torch.export, inplace: no graph, the model's Python code stays."
+DYNAMIC_HELP = "Sizes that stay free besides the batch's, e.g. input_ids:1=sequence; one for each dimension."
 FIXED_HELP = "The ONNX file takes the inputs' batch size only; for models that compute with no other."
 
 Model = Annotated[str, Argument(metavar="MODEL", help=MODEL_HELP)]
@@ -88,5 +89,6 @@ Seed = Annotated[int, Option(min=0, max=MOST_SEED, help="Of example inputs and d
 CacheDir = Annotated[str | None, Option(metavar="DIR", help=CACHE_HELP)]
 Opset = Annotated[int | None, Option(min=LEAST_OPSET, help="ONNX operator set; torch's if left out.")]
 FixedBatch = Annotated[bool, Option("--fixed-batch", help=FIXED_HELP)]
+Dynamic = Annotated[list[str] | None, Option("--dynamic", metavar="INPUT:DIM=NAME", help=DYNAMIC_HELP)]
 Quantize = Annotated[Quantized | None, Option(help=QUANTIZE_HELP)]
 Debug = Annotated[bool, Option("--debug", help="Show the traceback of an error.")]

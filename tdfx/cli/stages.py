@@ -19,6 +19,7 @@ from tdfx.cli.support import (
     asked_runtime,
     cache_folder,
     exit_codes,
+    free_sizes,
     model_and_inputs,
     names,
     read_record,
@@ -50,6 +51,7 @@ def compress(
     model: given.Model,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for ONNX file, weights, plan and report.")],
     inputs: given.Inputs = None,
+    dynamic: given.Dynamic = None,
     weights: given.Weights = None,
     budget: given.Budget = None,
     ranks: given.Ranks = None,
@@ -92,6 +94,7 @@ def compress(
         if tune is not None and data is None:
             raise typer.BadParameter("name the inputs to train on by --data", param_hint="--tune")
         limits = None if budget is None else Budget.parse(budget)
+        free, free_in_file = free_sizes(dynamic), free_sizes(dynamic, fixed_batch)
         runtime = asked_runtime(threads, provider, session_config)
         cache = cache_folder(cache_dir)
         with output_folder(out) as folder:
@@ -99,7 +102,9 @@ def compress(
             score = None if evaluate is None else load_evaluate(evaluate)
             source, moments = Source.of(data, samples, mean, std, output), None
             if source is not None:
-                captured = capture_model(network, args, kwargs, trainable=trainable, capture=capture.value)
+                captured = capture_model(
+                    network, args, kwargs, dynamic=free, trainable=trainable, capture=capture.value
+                )
                 moments = source.moments(captured, metric, seed, cache)
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", module=r"tdfx\.cli")  # the plan's notes, which the report prints
@@ -107,6 +112,7 @@ def compress(
                     network,
                     args,
                     kwargs,
+                    dynamic=free,
                     budget=limits,
                     ranks=ranks,
                     methods=names(methods),
@@ -139,7 +145,7 @@ def compress(
                 args,
                 kwargs,
                 opset,
-                fixed_batch,
+                free_in_file,
                 quantize,
                 calibration,
                 samples,
@@ -152,6 +158,7 @@ def profile(
     model: given.Model,
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="Where it goes, as JSON.")],
     inputs: given.Inputs = None,
+    dynamic: given.Dynamic = None,
     weights: given.Weights = None,
     ranks: given.Ranks = None,
     methods: given.Methods = None,
@@ -178,7 +185,9 @@ def profile(
     """
     with exit_codes(debug), replacing(out) as staged:
         network, args, kwargs = model_and_inputs(model, weights, inputs, seed)
-        captured = capture_model(network, args, kwargs, trainable=trainable, capture=capture.value)
+        captured = capture_model(
+            network, args, kwargs, dynamic=free_sizes(dynamic), trainable=trainable, capture=capture.value
+        )
         cache = cache_folder(cache_dir)
         source = Source.of(data, samples, mean, std, output)
         moments = None if source is None else source.moments(captured, metric, seed, cache)
@@ -232,6 +241,7 @@ def apply(
     file: Annotated[Path, typer.Argument(metavar="PLAN.JSON", help="What tdfx plan wrote; it may be edited.")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for weights, structure, plan and report.")],
     inputs: given.Inputs = None,
+    dynamic: given.Dynamic = None,
     weights: given.Weights = None,
     moments: Annotated[
         Path | None, typer.Option(metavar="FILE", help="What tdfx profile --data wrote; for plans made with data.")
@@ -250,6 +260,7 @@ def apply(
     with exit_codes(debug):
         if moments is not None and data is not None:
             raise typer.BadParameter("give one of --moments and --data")
+        free = free_sizes(dynamic)
         chosen = read_record(Plan, file)
         found = None if moments is None else Moments.load(moments)
         with output_folder(out, FILES) as folder:
@@ -257,7 +268,7 @@ def apply(
             source = Source.of(data, samples, mean, std, output)
             if source is not None:
                 tier = chosen.capture or AUTO if capture is Captured.AUTO else capture.value
-                captured = capture_model(network, args, kwargs, trainable=chosen.trainable, capture=tier)
+                captured = capture_model(network, args, kwargs, dynamic=free, trainable=chosen.trainable, capture=tier)
                 cache = cache_folder(cache_dir)
                 found = source.moments(captured, chosen.metric, chosen.seed, cache)
             result = apply_plan(
@@ -265,6 +276,7 @@ def apply(
                 args,
                 chosen,
                 example_kwargs=kwargs,
+                dynamic=free,
                 moments=found,
                 verify=verify.value,
                 capture=capture.value,
@@ -278,6 +290,7 @@ def apply(
 def export(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="What tdfx apply or tdfx.save wrote.")],
     inputs: given.Inputs = None,
+    dynamic: given.Dynamic = None,
     model: Annotated[
         str | None, typer.Option(metavar="MODEL", help="What was compressed; for results saved without structure.")
     ] = None,
@@ -297,14 +310,13 @@ def export(
             if value is not None and quantize is None:
                 raise typer.BadParameter("it is for --quantize, which is left out", param_hint=option)
         score = None if evaluate is None else load_evaluate(evaluate)
+        free = free_sizes(dynamic, fixed_batch)
         result = load(folder, None if model is None else open_model(model))
         args, kwargs = example_inputs(inputs) if inputs else draw_inputs(result.report.inputs)
         source = Source.of(data, samples, mean, std, "auto")
         calibration = None if source is None else source.read(capture_model(result.module, args, kwargs))
         with output_folder(folder) as output:
-            written = write_onnx(
-                output, result, args, kwargs, opset, fixed_batch, quantize, calibration, samples, score
-            )
+            written = write_onnx(output, result, args, kwargs, opset, free, quantize, calibration, samples, score)
         typer.echo(f"{_exported(folder, written)}{_stale(folder, quantize)}")
 
 

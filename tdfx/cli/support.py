@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from torch.export import ExportedProgram
 from tdfx.cache import user_cache
 from tdfx.cli.data import load_data
 from tdfx.cli.options import Quantized
+from tdfx.dynamic import BATCH, Dynamic
 from tdfx.errors import InputError, PlanError, TdfxError
 from tdfx.evaluation import Evaluate
 from tdfx.latency.runner import entries
@@ -77,6 +79,23 @@ def model_and_inputs(
     if not inputs and isinstance(network, ExportedProgram):
         args, kwargs = program_inputs(network)
     return network, args, kwargs
+
+
+def free_sizes(dynamic: Sequence[str] | None, fixed_batch: bool = False) -> Dynamic:
+    """Which sizes are free: the batch and those that are named, or none.
+
+    Raises:
+        BadParameter: a text is not INPUT:DIM=NAME, or the batch is fixed beside it.
+    """
+    if dynamic and fixed_batch:
+        raise typer.BadParameter("it is for a free batch too; leave out --fixed-batch", param_hint="--dynamic")
+    found: dict[str, dict[int, str | None]] = {}
+    for text in dynamic or ():
+        match = re.fullmatch(r"(\w+):(\d+)=(\w+)", text)
+        if match is None:
+            raise typer.BadParameter(f"{text!r} is no INPUT:DIM=NAME like input_ids:1=sequence", param_hint="--dynamic")
+        found.setdefault(match[1], {})[int(match[2])] = match[3]
+    return found or (None if fixed_batch else BATCH)
 
 
 def names(methods: str | None) -> list[str] | None:
@@ -208,7 +227,7 @@ def write_onnx(
     args: Sequence[Tensor],
     kwargs: Mapping[str, Tensor],
     opset: int | None,
-    fixed_batch: bool,
+    dynamic: Dynamic,
     quantize: Quantized | None = None,
     calibration: object = None,
     samples: int | None = None,
@@ -224,7 +243,7 @@ def write_onnx(
         output.stage(ONNX if quantize is None else INT8_ONNX),
         args,
         kwargs,
-        dynamic=None if fixed_batch else "batch",
+        dynamic=dynamic,
         opset=opset,
         quantize=None if quantize is None else quantize.value,
         calibration=calibration,

@@ -127,6 +127,8 @@ def capture(
         original, notes = _isolated(model, keep_hooks=True)
         network = _flat(original, signature)
         reference = _run_model(network, args, kwargs)
+    if not signature.is_plain:
+        _compare(run(original, *given), reference)
     notes = (*notes, *_constant_notes(signature))
     changed = _restore_buffers(original, buffers)
     trials = _trials(network, signature, dynamic, args, kwargs)
