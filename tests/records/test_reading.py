@@ -79,3 +79,10 @@ def test_the_error_is_the_callers() -> None:
             parse(text, "w", InputError)
     with pytest.raises(InputError, match=r"^w is a JSON list; expected an object$"):
         parse("[]", "w", InputError)
+
+
+def test_layers_written_before_there_was_output_padding_are_read() -> None:
+    layer = LayerSpec("a", "conv2d", 4, 6, (3, 3), (1, 1), (1, 1), dilation=(1, 1))
+    values = json.loads(json.dumps(asdict(layer)))
+    del values["output_padding"]
+    assert read(LayerSpec, values, "layer") == layer
