@@ -28,7 +28,8 @@ class Decomposition(ABC):
     """Replaces a layer by a chain of cheaper layers whose weights are the factors of its weight.
 
     Weights and factors have the layouts of torch: (out, in) for linear, (out, in / groups, *kernel) for
-    convolutions; transposed ones are as the convolutions that they equal (``transposed``). ``decompose`` takes and returns float64; ``build`` casts to the layer's dtype.
+    convolutions; transposed ones are as the convolutions that they equal (``tdfx.transposed``). ``decompose`` takes
+    and returns float64; ``build`` casts to the layer's dtype.
 
     Attributes:
         name: as users write it and as it stands in a plan.
