@@ -115,7 +115,7 @@ def test_a_budget_of_flops_leaves_tables_alone() -> None:
     assert "svd" in methods.values()
 
 
-@pytest.mark.parametrize(("name", "metric"), [("pair", "weight"), ("language", "weight"), ("language", "loss")])
+@pytest.mark.parametrize(("name", "metric"), [("pair", "weight"), ("language", "loss")])
 def test_onnx_runtime_agrees_on_a_file_that_is_no_larger(name: str, metric: str, tmp_path: Path) -> None:
     example = NETWORKS[name][1]
     result = compressed(name, "params=50%", metric)
@@ -153,7 +153,7 @@ def test_a_trained_row_of_padding_is_kept() -> None:
         model.get_parameter("user.weight")[3] = 5.0
     result = tdfx.compress(model, NETWORKS["recommender"][1], budget="params=50%", **OPTIONS)
     found = result.module.get_submodule("user")(torch.tensor([3]))
-    assert float((found - 5.0).norm()) <= 0.2 * 5 * 32**0.5
+    assert float((found.detach() - 5.0).norm()) <= 0.2 * 5 * 32**0.5
 
 
 def test_factors_of_a_tie_are_shared_and_stay_so_in_training() -> None:
