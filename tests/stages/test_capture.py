@@ -116,8 +116,9 @@ def test_networks_compute_the_same(name: str, trainable: bool) -> None:
     captured = capture(model, args, trainable=trainable)
     assert snapshot(model) == before
     same(captured.module(*args), model.eval()(*args), 1e-4)
-    # In training, attention is written out for the dropout of its weights.
-    assert captured.max_rel_diff <= (1e-6 if name == "transformer" else 0.0 if trainable else 1e-5)
+    # In training, attention is written out for the dropout of its weights; the gates of recurrent layers are always.
+    rounding = name in ("transformer", "recurrent")
+    assert captured.max_rel_diff <= (1e-6 if rounding else 0.0 if trainable else 1e-5)
     assert captured.workloads == count(model, args, {})
     tier = "export" if name in EXPORTED else "fx"
     assert (captured.tier, captured.trainable, captured.args, captured.kwargs) == (tier, trainable, args, {})
