@@ -248,8 +248,9 @@ def _moves(module: nn.Module, name: str, case: Case, reference: list[Tensor], no
 
 def _flops(module: nn.Module, case: Case) -> Mapping[str, Mapping[Any, int]]:
     """FLOPs of convolutions and matrix products with weights by torch's counter, by module; "" is the whole."""
+    frozen = copy.deepcopy(module).requires_grad_(False)  # the counter hooks into gradients where there are any
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        outputs(module, case)
+        outputs(frozen, case)
     counts = counter.get_flop_counts()
     named = {name.partition(".")[2]: found for name, found in counts.items() if name != "Global"}
     named[""] = counts.get("Global", {})

@@ -22,10 +22,11 @@ class DropUnread(RewritePass):
     """Reads of parameters, operators and functions of torch go if they are unread; what may have an effect stays."""
 
     def rewrite(self, graph_module: fx.GraphModule) -> None:
-        graph_module.graph.eliminate_dead_code(is_impure_node=_may_have_effect)
+        graph_module.graph.eliminate_dead_code(is_impure_node=may_have_effect)
 
 
-def _may_have_effect(node: fx.Node) -> bool:
+def may_have_effect(node: fx.Node) -> bool:
+    """Whether a node may do something besides computing its value; False only where it is sure."""
     if node.op == "get_attr":
         return False
     if node.op == "call_method":

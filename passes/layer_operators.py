@@ -38,13 +38,19 @@ class LayerCall:
 
 def layer_call(graph_module: fx.GraphModule, node: fx.Node) -> LayerCall | None:
     """The layer call that a node amounts to; None where it is none or its weight is no parameter."""
+    given = arguments(node)
+    return None if given is None else _RULES[_SYNONYMS.get(node.target, node.target)](graph_module, given)
+
+
+def arguments(node: fx.Node) -> dict[str, Any] | None:
+    """Arguments by name of an operator that may amount to a layer, defaults included; None for other nodes."""
     target: Any = _SYNONYMS.get(node.target, node.target)
     if node.op != "call_function" or target not in _RULES:
         return None
     schema = target._schema.arguments
     defaults = {argument.name: argument.default_value for argument in schema}
     positional = dict(zip([argument.name for argument in schema], node.args, strict=False))
-    return _RULES[target](graph_module, {**defaults, **positional, **node.kwargs})
+    return {**defaults, **positional, **node.kwargs}
 
 
 def parameter_read(graph_module: fx.GraphModule, node: object) -> nn.Parameter | None:

@@ -26,6 +26,7 @@ from tdfx.passes.drop_inactive import DropInactive
 from tdfx.passes.drop_unread import DropUnread
 from tdfx.passes.export_trace import export_trace, operators
 from tdfx.passes.fold_batch_norm import FoldBatchNorm, RemainingBatchNorms
+from tdfx.passes.fold_weights import FoldWeights
 from tdfx.passes.in_place import InPlace, sharing
 from tdfx.passes.layer_operators import parameter_read
 from tdfx.passes.lift_layers import LiftLayers
@@ -134,9 +135,9 @@ def capture(
     trials = _trials(network, signature, dynamic, args, kwargs)
     unpacked = unpack_attention(network, trainable=trainable)
     if program is None:
-        tier, traced, tier_notes = _trace(unpacked, args, kwargs, trials, capture)
+        tier, traced, tier_notes = _trace(unpacked, args, kwargs, trials, trainable, capture)
     else:
-        tier, traced, tier_notes = EXPORT, _lift(original, original), ()
+        tier, traced, tier_notes = EXPORT, _lift(original, original, trainable), ()
     inputs = bind(traced, args, kwargs)
     merged: tuple[Skipped, ...] = ()
     if isinstance(traced, InPlace):
@@ -286,18 +287,25 @@ def _trials(
 
 
 def _trace(
-    model: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor], trials: _Trials, tier: str
+    model: nn.Module,
+    args: tuple[Tensor, ...],
+    kwargs: Mapping[str, Tensor],
+    trials: _Trials,
+    trainable: bool,
+    tier: str,
 ) -> tuple[str, fx.GraphModule, tuple[str, ...]]:
     """Tier, graph and notes, of the tier asked for or of the first one that takes the model."""
     if tier == INPLACE:
         return INPLACE, trials.check(capture_in_place(model, args, kwargs)), ()
     if tier == FX:
-        return FX, trials.check(_lift(_forced(FX, symbolic_trace, model, args, kwargs), model)), ()
+        return FX, trials.check(_lift(_forced(FX, symbolic_trace, model, args, kwargs), model, trainable)), ()
     if tier == EXPORT:
         exported, notes = _forced(EXPORT, export_trace, model, args, kwargs, trials.free)
-        return EXPORT, trials.check(_lift(exported, model)), notes
+        return EXPORT, trials.check(_lift(exported, model, trainable)), notes
     try:
-        return _trace_graph(sharing(model), args, kwargs, trials)  # tracing may leave its own in buffers and attributes
+        return _trace_graph(
+            sharing(model), args, kwargs, trials, trainable
+        )  # tracing may leave its own in buffers and attributes
     except CaptureError as error:
         why = f"captured in place, where forward stays Python code: {error}"
         return INPLACE, trials.check(capture_in_place(model, args, kwargs)), (why,)
@@ -319,19 +327,19 @@ def _forced(tier: str, trace: Callable[..., Traced], *given: Any) -> Traced:
 
 
 def _trace_graph(
-    model: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor], trials: _Trials
+    model: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor], trials: _Trials, trainable: bool
 ) -> tuple[str, fx.GraphModule, tuple[str, ...]]:
     """Symbolic tracing if it sees all layers, or else torch.export if that sees more of them."""
     traced, problem = None, None
     try:
-        traced = trials.check(_lift(symbolic_trace(model, args, kwargs), model))
+        traced = trials.check(_lift(symbolic_trace(model, args, kwargs), model, trainable))
         if len(_layers(traced)) >= _count_called(model, args, kwargs) and not _calls_opaque(traced):
             return FX, traced, ()
     except CaptureError as error:
         problem = error
     try:
         exported, notes = export_trace(model, args, kwargs, trials.free)
-        lifted = trials.check(_lift(exported, model))
+        lifted = trials.check(_lift(exported, model, trainable))
     except CaptureError as error:
         if traced is not None:
             return FX, traced, (f"symbolic tracing does not see all layers, and {error}",)
@@ -341,9 +349,10 @@ def _trace_graph(
     return EXPORT, lifted, notes
 
 
-def _lift(operators: nn.Module, model: nn.Module) -> fx.GraphModule:
+def _lift(operators: nn.Module, model: nn.Module, trainable: bool) -> fx.GraphModule:
     assert isinstance(operators, fx.GraphModule)
-    return DropUnread().run(LiftModules(model).run(LiftLayers(model).run(operators)))
+    folded = operators if trainable else FoldWeights().run(operators)
+    return DropUnread().run(LiftModules(model).run(LiftLayers(model).run(folded)))
 
 
 def _layers(graph_module: fx.GraphModule) -> set[str]:
