@@ -149,7 +149,7 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        formula = FORMULAS.get(func.overloadpacket)
+        formula = FORMULAS.get(func.overloadpacket) or BY_NAME.get(func._schema.name)
         if formula is None and func.namespace != "prim":
             # Under inference_mode, composite operators arrive whole: look inside. (prim operators cannot be asked.)
             with self:
@@ -289,6 +289,9 @@ def _bilinear(args: Sequence[Any], output: Any) -> Iterable[Workload]:
     yield _matrix_product(left.shape[0], i, out * j, left.dtype)
     yield _matrix_product(left.shape[0] * out, j, 1, left.dtype)
 
+
+BY_NAME: dict[str, Formula] = {"transformers::grouped_mm_fallback": _grouped_product}
+"""Of operators that other libraries define, which hide the products in them."""
 
 FORMULAS: dict[Any, Formula] = {
     aten.mm: _product_at(0),

@@ -170,6 +170,15 @@ def test_grouped_products_use_each_element_in_one_group(
     assert macs(lambda a, b: aten._grouped_mm(a, b, offsets), *operands) == expected
 
 
+def test_operators_of_other_libraries_are_known_by_name() -> None:
+    with torch.library._scoped_library("transformers", "FRAGMENT") as library:
+        library.define("grouped_mm_fallback(Tensor input, Tensor weight, Tensor offs) -> Tensor")
+        library.impl("grouped_mm_fallback", lambda x, w, offs: x.new_empty(len(x), w.shape[2]), "CPU")
+        library.impl("grouped_mm_fallback", lambda x, w, offs: x.new_empty(len(x), w.shape[2]), "Meta")
+        grouped = torch.ops.transformers.grouped_mm_fallback
+        assert macs(lambda a, b: grouped(a, b, torch.tensor([2, 5])), torch.randn(5, 6), torch.randn(2, 6, 7)) == 210
+
+
 KERNELS: dict[Any, tuple[int, list[Any]]] = {
     aten._convolution: (2, [None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1, False, False, False, False]),
     aten.mkldnn_convolution: (2, [None, [0, 0], [1, 1], [1, 1], 1]),
