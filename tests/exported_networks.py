@@ -454,7 +454,10 @@ _SEQ2SEQ = (
     *(f"decoder.layers.0.{part}" for part in ("linear1", "linear2", *(f"self_attn.{p}" for p in _ATTENTION))),
     *(f"decoder.layers.0.multihead_attn.{part}" for part in _ATTENTION),
 )
-_BERT = (*(f"attention.{part}" for part in ("query", "key", "value", "output")), "intermediate", "output", "classifier")
+_BERT = (
+    *("embedding", "position", "intermediate", "output", "classifier"),
+    *(f"attention.{part}" for part in ("query", "key", "value", "output")),
+)
 
 
 def _exported(factory: Callable[[], nn.Module], inputs: Any, *layers: str) -> Exported:
@@ -463,7 +466,7 @@ def _exported(factory: Callable[[], nn.Module], inputs: Any, *layers: str) -> Ex
 
 EXPORTED: dict[str, Exported] = {
     "bert": _exported(Bert, _bert, *_BERT),
-    "gpt": _exported(GPT, _tokens, "c_attn", "c_proj", "lm_head"),
+    "gpt": _exported(GPT, _tokens, "wte", "c_attn", "c_proj", "lm_head"),
     "seq2seq": _exported(Seq2Seq, _seq2seq, *_SEQ2SEQ),
     "swin": _exported(Swin, _normal(5, 16), "qk", "proj", "head"),
     "reparametrized": _exported(Reparametrized, _normal(3, 9, 9), "first", "second", "last"),

@@ -70,9 +70,11 @@ def test_only_2d_convolutions_run_in_the_blocked_layout() -> None:
     assert blocked == [isinstance(layer, nn.Conv2d) for layer, _ in LAYERS]
 
 
-def test_a_site_of_several_layers_has_no_single_one() -> None:
+def test_the_layer_of_a_site_is_the_first_whose_weight_the_others_share() -> None:
     layer = LayerSpec("a", "linear", 2, 2)
     assert Site.of(layer) == Site("a", (layer,), "linear")
     assert Site.of(layer).layer is layer
-    with pytest.raises(ValueError, match="too many values"):
-        _ = Site("a", (layer, layer), "linear").layer
+    site = Site("a", (layer, LayerSpec("b", "linear", 2, 2, tied=True)), "linear")
+    assert site.layer is layer
+    assert [part.params for part in site.layers] == [4, 0]
+    assert (Site.of(layer).can_gain_bias, site.can_gain_bias) == (True, False)
