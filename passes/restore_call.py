@@ -42,7 +42,7 @@ class RestoreCall(RewritePass):
 def _defaults(arguments: Mapping[str, Any]) -> dict[str, tuple[Any]]:
     """Constants behind which no argument must be given."""
     found: dict[str, tuple[Any]] = {}
-    for name, tree in reversed(list(arguments.items())):
+    for name, tree in reversed([*arguments.items()]):
         if isinstance(tree, Slot) or not pytree.tree_is_leaf(tree):
             break
         found[name] = (tree,)

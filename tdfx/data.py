@@ -185,9 +185,7 @@ def _parts(
     return entry[: len(placeholders)], tuple(entry[len(placeholders) :])
 
 
-def _taken_apart(
-    entry: tuple[object, ...] | list[object], placeholders: tuple[str, ...]
-) -> tuple[list[Any], tuple[Any, ...]]:
+def _taken_apart(entry: Sequence[object], placeholders: tuple[str, ...]) -> tuple[list[Any], tuple[Any, ...]]:
     """Inputs and labels of arguments with containers among them: by name from dictionaries, the others in order."""
     found: dict[str, Any] = {}
     for index, value in enumerate(entry):
