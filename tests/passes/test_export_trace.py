@@ -120,7 +120,7 @@ CONTAINERS: dict[str, tuple[Callable[..., Any], type]] = {
     "mapping": (lambda net, x: LastOutput(logits=net.linear(x), states=(x + 1,)), LastOutput),
     "dataclass": (lambda net, x: Prediction(logits=net.linear(x), features=x + 1), Prediction),
     "dataclass with nothing": (lambda net, x: Prediction(logits=net.linear(x), features=None), Prediction),  # type: ignore[arg-type]
-    "named tuple": (lambda net, x: Pair(net.linear(x), x + 1), tuple),
+    "named tuple": (lambda net, x: Pair(net.linear(x), x + 1), Pair),
     "default dictionary": (lambda net, x: defaultdict(list, a=net.linear(x)), tuple),
 }
 
