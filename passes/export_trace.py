@@ -64,11 +64,11 @@ def export_trace(
     alike = frozenset(index for index, dims in enumerate(free) if BATCH in dims.values())
     named = dict.fromkeys(name for dims in free for name in dims.values() if name != BATCH)
     failures = []
+    outputs = _Outputs(model, args, kwargs)
     # Another input may have the batch's size by chance.
     for batch in dict.fromkeys((alike, alike & {min(alike, default=0)}, frozenset[int]())):
         dims = [[d for d, name in axes.items() if name != BATCH or i in batch] for i, axes in enumerate(free)]
         try:
-            outputs = _Outputs()
             graph_module = outputs.restored(operators(_export(outputs.of(model), args, kwargs, dims)))
         except Exception as error:
             failures.append(error)
@@ -107,18 +107,22 @@ def _marked(value: Tensor, free: Sequence[int]) -> Tensor:
 
 
 class _Outputs:
-    """Outputs in classes that torch does not know, as lists while a model is exported."""
+    """Outputs in classes that torch does not know, as lists while a model is exported; others as they are."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor]) -> None:
+        positional, named = pytree.tree_map_only(Tensor, torch.clone, (args, dict(kwargs)))
+        with torch.no_grad(), plain_attention(), torch.random.fork_rng(devices=[]):
+            output = model(*positional, **named)
+        self.is_strange = any(entries(leaf) is not None for leaf in pytree.tree_leaves(output))
         self.tree: Any = None
 
     def of(self, model: nn.Module) -> nn.Module:
-        """A view of the model that returns such outputs' leaves."""
-        return with_output(model, self._leaves)
+        """The model, or a view of it that returns such outputs' leaves; a view has attributes of its own."""
+        return with_output(model, self._leaves) if self.is_strange else model
 
-    def _leaves(self, output: Any) -> Any:
-        self.tree = output if any(entries(leaf) is not None for leaf in pytree.tree_leaves(output)) else None
-        return output if self.tree is None else list(opened(output))
+    def _leaves(self, output: Any) -> list[Any]:
+        self.tree = output
+        return list(opened(output))
 
     def restored(self, graph_module: fx.GraphModule) -> fx.GraphModule:
         """The graph with the leaves in their classes again."""
