@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections import namedtuple
 from collections.abc import Iterator, Mapping, Sequence
@@ -112,7 +113,8 @@ class _Outputs:
     def __init__(self, model: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor]) -> None:
         positional, named = pytree.tree_map_only(Tensor, torch.clone, (args, dict(kwargs)))
         with torch.no_grad(), plain_attention(), torch.random.fork_rng(devices=[]):
-            output = model(*positional, **named)
+            # On a copy, since forward may write into buffers.
+            output = copy.deepcopy(model, {id(value): value for value in model.parameters()})(*positional, **named)
         self.is_strange = any(entries(leaf) is not None for leaf in pytree.tree_leaves(output))
         self.tree: Any = None
 
