@@ -236,10 +236,12 @@ def _moves(module: nn.Module, name: str, case: Case, reference: list[Tensor], no
 
     Every other output, as a normalization may undo a change of all.
     """
-    weight = next(parameter for parameter in module.get_submodule(name).parameters() if parameter.dim() >= 2)
+    layers = (layer for layer in module.get_submodule(name).modules() if hasattr(layer, "weight"))
+    layer = next(layer for layer in layers if layer.weight.dim() >= 2)
+    weight = layer.weight
     kept = weight.detach().clone()
     with torch.no_grad():
-        weight[::2] *= SCALE
+        (weight.T if isinstance(layer, nn.Embedding | nn.EmbeddingBag) else weight)[::2] *= SCALE
         try:
             return _worst(reference, outputs(module, case)) > noise
         finally:

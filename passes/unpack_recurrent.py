@@ -210,6 +210,11 @@ def without_biases(graph_module: fx.GraphModule) -> frozenset[str]:
     return frozenset(_only_feeder(graph_module, name)[1] for name in cores)
 
 
+def feeders(graph_module: fx.GraphModule) -> dict[str, str]:
+    """Names of the linear layers that come before cores, by name of the core."""
+    return {name: _only_feeder(graph_module, name)[1] for name in _cores(graph_module)}
+
+
 def packed_name(site: str) -> str:
     """The recurrent layer that a linear layer of this name would be of."""
     return site.rpartition(".")[0]

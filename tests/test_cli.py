@@ -73,8 +73,8 @@ def test_options_reach_compress(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stages, "compress_model", called)
     options = (
         "--include first --include second --exclude third --metric weight:scaled --planner other --target none "
-        "--guard measured --threads 2 "
-        "--no-correct --rank-multiple 2 --trainable --verify full --seed 3 --cache-dir c"
+        "--guard measured --threads 2 --no-correct --rank-multiple 2 --trainable --dynamic x:1=width "
+        "--capture export --verify full --seed 3 --cache-dir c"
     )
     arguments = ["compress", "net.py:make", *ARGUMENTS, "--out", "out", *options.split()]
     with pytest.raises(Called) as caught:
@@ -84,8 +84,8 @@ def test_options_reach_compress(monkeypatch: pytest.MonkeyPatch) -> None:
         "include": ["first", "second"], "exclude": ["third"], "metric": "weight:scaled", "calibration": None,
         "correct": False, "planner": "other",
         "target": None, "guard": "measured", "runtime": tdfx.Runtime(threads=2),
-        "rank_multiple": 2, "trainable": True, "verify": "full", "seed": 3,
-        "minimize": "flops", "evaluate": None, "cache_dir": Path("c"),
+        "rank_multiple": 2, "trainable": True, "dynamic": {"x": {1: "width"}}, "capture": "export",
+        "verify": "full", "seed": 3, "minimize": "flops", "evaluate": None, "cache_dir": Path("c"),
     }  # fmt: skip
 
 

@@ -11,12 +11,12 @@ NET = ["net.py:make", *BOTH_INPUTS]
 
 def test_graph_draws_a_model_and_a_plan(folder: Path) -> None:
     stdout, _ = tdfx_command("graph", *NET, "-o", "plain.dot")
-    assert "Net: 3 layers (3 dense), 1 skipped" in stdout and "critical path" in stdout
+    assert "Net: 4 layers (4 dense), 0 skipped" in stdout and "critical path" in stdout
     assert "plain.dot: the picture" in stdout
     tdfx_command("profile", *NET, *METHODS, "--trainable", "-o", "profile.json")
     tdfx_command("plan", "profile.json", *BUDGET, "-o", "plan.json")
     stdout, _ = tdfx_command("graph", *NET, "--plan", "plan.json", "-o", "made.svg")
-    assert "Net: 3 layers (" in stdout and "spatial_svd" in stdout
+    assert "Net: 4 layers (" in stdout and "spatial_svd" in stdout
     text = Path("made.svg").read_text()
     assert "spatial_svd" in text and "second" in text
     assert "spatial_svd" not in Path("plain.dot").read_text()

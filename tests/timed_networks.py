@@ -19,6 +19,7 @@ from tdfx.stages.latency import (
     measure_latency,
 )
 
+INTERLEAVED = runner.interleaved  # which tests may have replaced when they ask for times
 INPUT = torch.randn(1, 3, 12, 12, generator=torch.Generator().manual_seed(0))
 
 
@@ -73,11 +74,10 @@ def simulate(monkeypatch: pytest.MonkeyPatch) -> list[bytes | str]:
         ran.append(model)
         return call
 
-    interleaved = runner.interleaved
     monkeypatch.setattr(runner, "session_run", session_run)
     monkeypatch.setattr(runner, "waiting", lambda since: 0.0)
     monkeypatch.setattr(
-        runner, "interleaved", lambda runs, **given: interleaved(runs, **{**given, "clock": lambda: now[0]})
+        runner, "interleaved", lambda runs, **given: INTERLEAVED(runs, **{**given, "clock": lambda: now[0]})
     )
     return ran
 

@@ -162,11 +162,13 @@ def carry_out(
             notes += (f"the spread of outputs was not corrected: {error}",)
     replacements = replacements_of(solved)
     # Recurrent layers that no chain belongs to stay as they are.
-    dense = UnpackRecurrent(frozenset(map(packed_name, replacements)), plan.trainable).run(captured.plain)
+    unpack = UnpackRecurrent(frozenset(map(packed_name, replacements)), plan.trainable)
+    is_unpacked = captured.module is not captured.plain
+    dense = unpack.run(captured.plain) if is_unpacked else module
     factorized = Factorize(replacements).run(dense)
     if isinstance(factors, Mapping):
         _load(factorized, unpacked_state(factorized, factors))
-    compressed = PackRecurrent().run(factorized)
+    compressed = PackRecurrent().run(factorized) if is_unpacked else factorized
     candidates = [
         _carried_out(captured, sites[name], candidate, solved.get(name), scoring, target, given=factors is not None)
         for name, candidate in wanted.items()

@@ -148,7 +148,7 @@ def _with_group(moments: Moments, sweep: Sweep) -> Moments:
     skipped: list[Skipped] = []
     for name in list(sweep.sums):
         sums = sweep.sums.pop(name)  # freed one by one
-        if sums.shift is None:
+        if not sums.positions:
             skipped.append(Skipped(name, "forward does not call it on the data"))
             continue
         site = sums.moments(sweep.samples)

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 import networkx as nx
 
+from tdfx.decompositions import method_for
 from tdfx.errors import PlanError
 from tdfx.passes.dependencies import Dependencies
 from tdfx.passes.shape_prop import ShapeProp, bind
 from tdfx.passes.sharing import sharing_groups
 from tdfx.passes.sites import FindSites
+from tdfx.passes.unpack_recurrent import feeders
 from tdfx.plan_check import check_fingerprints, planned_sites
 from tdfx.records.candidate import DENSE, Candidate
 from tdfx.records.capture import Capture
 from tdfx.records.dependencies import OPERATION, operations
+from tdfx.records.layer import LayerSpec, Site
 from tdfx.records.network_graph import NetworkGraph
 from tdfx.records.plan import Plan
-from tdfx.targets import find_target, layer_cost
+from tdfx.targets import Target, find_target, layer_cost, site_cost
 
 
 def graph(captured: Capture, plan: Plan | None = None, *, target: str | None = "ort-cpu") -> NetworkGraph:
@@ -43,9 +47,7 @@ def graph(captured: Capture, plan: Plan | None = None, *, target: str | None = "
     found, skipped = FindSites(ShapeProp(inputs).run(module)).run(module)
     sites = {site.name: site for site in found}
     if plan is None:
-        choices = {
-            name: Candidate(name, DENSE, (), layer_cost(site.layer, runtime), 0.0, "") for name, site in sites.items()
-        }
+        chosen = {name: Candidate(name, DENSE, (), site_cost(site, runtime), 0.0, "") for name, site in sites.items()}
     else:
         check_fingerprints(plan, captured, weights=False)
         if plan.trainable != captured.trainable:
@@ -54,17 +56,46 @@ def graph(captured: Capture, plan: Plan | None = None, *, target: str | None = "
                 "capture it as the plan says"
             )
         sites = planned_sites(plan, found)
-        choices = {candidate.site: candidate for candidate in plan.candidates}
+        chosen = {candidate.site: candidate for candidate in plan.candidates}
         skipped = (*skipped, *plan.skipped)
+    layers = {layer.name: layer for site in sites.values() for layer in site.layers}
+    choices = {entry.site: entry for name, site in sites.items() for entry in _of_layers(site, chosen[name], runtime)}
+    dependencies = _without_identities(dependencies, {core: layers.get(name) for core, name in feeders(module).items()})
     return NetworkGraph(
         name=type(captured.original).__name__,
         dependencies=_with_latencies(dependencies, choices),
-        layers={name: site.layer for name, site in sites.items()},
+        layers=layers,
         choices=choices,
         skipped=frozenset(entry.layer for entry in (*skipped, *captured.skipped)),
         sharing=sharing_groups(module),
         macs=sum(operation.macs for operation in operations(dependencies).values()),
     )
+
+
+def _of_layers(site: Site, choice: Candidate, target: Target | None) -> Iterator[Candidate]:
+    """What becomes of each layer of a site."""
+    if len(site.layers) == 1:
+        yield choice
+        return
+    ones = ((layer,) for layer in site.layers)
+    chains = ones if choice.is_dense else method_for(site, choice.method).chains(site, choice.rank)
+    for layer, chain in zip(site.layers, chains, strict=True):
+        first, *others = (layer_cost(part, target) for part in chain)
+        yield replace(choice, site=layer.name, cost=sum(others, start=first))
+
+
+def _without_identities(dependencies: nx.DiGraph, feeding: Mapping[str, LayerSpec | None]) -> nx.DiGraph:
+    """The graph with recurrent layers as they are without the identity that they hold for input weights meanwhile."""
+    changed = dependencies.copy()
+    for node, operation in operations(dependencies).items():
+        layer = feeding.get(operation.target)
+        if layer is None or not operation.macs:
+            continue
+        (workload, *_) = layer.workloads
+        macs = operation.macs - workload.positions * layer.out_channels**2
+        latency_s = operation.latency_s * macs / operation.macs
+        changed.nodes[node][OPERATION] = replace(operation, macs=macs, latency_s=latency_s)
+    return changed
 
 
 def _with_latencies(dependencies: nx.DiGraph, choices: dict[str, Candidate]) -> nx.DiGraph:

@@ -116,7 +116,7 @@ def test_the_signature_is_the_public_one() -> None:
     assert [p.name for p in parameters if p.kind is p.KEYWORD_ONLY] == [
         "budget", "methods", "ranks", "include", "exclude", "overrides", "metric", "calibration",
         "output", "correct", "planner", "target", "guard", "runtime", "latency",
-        "rank_multiple", "trainable", "verify", "seed", "minimize",
+        "rank_multiple", "trainable", "dynamic", "capture", "verify", "seed", "minimize",
         "evaluate", "cache_dir", "progress",
     ]  # fmt: skip
 
@@ -189,7 +189,7 @@ def test_networks_are_counted_alike(name: str, budget: str) -> None:
 
 @pytest.mark.parametrize("budget", [None, "", "fifty", "50%", "flops=0%", "flops=150%", "speed=50%", "flops=x", 0.5])
 def test_a_budget_that_is_not_understood_says_what_is(budget: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tdfx.stages.compress.capture", None)  # refused before any work
+    monkeypatch.setattr("tdfx.stages.compress.capture_model", None)  # refused before any work
     with pytest.raises(BudgetError, match=r"budget.*flops=50%"):
         small(budget)
 
@@ -226,7 +226,7 @@ def test_a_rank_rule_with_chains_slower_than_dense_warns() -> None:
 def test_budget_ranks_and_planner_are_checked_before_the_slow_stages(
     options: dict[str, Any], error: type[Exception], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delattr("tdfx.stages.compress.capture")
+    monkeypatch.delattr("tdfx.stages.compress.capture_model")
     with pytest.raises(error, match=message):
         compress(network(), X, **options)
 
@@ -293,7 +293,7 @@ def test_one_stands_for_free_ranks() -> None:
 def test_options_of_late_stages_are_refused_early(
     options: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tdfx.stages.compress.capture", None)
+    monkeypatch.setattr("tdfx.stages.compress.capture_model", None)
     with pytest.raises(OptionError, match=message):
         small(**options)
 

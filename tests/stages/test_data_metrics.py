@@ -129,7 +129,7 @@ def test_feature_errors_are_output_errors_measured_on_the_layer(
     x, dense = inputs_of(site, DATA), layer_at(captured().module, site)
     with torch.no_grad():
         wanted = dense.double()(x)
-        chain = solved.replacement().chain.double()
+        chain = solved.replacements()[site].chain.double()
         rows = (wanted - chain(x)).movedim(1, -1).flatten(0, -2) if site != "head" else wanted - chain(x)
         whole = (wanted - (0 if dense.bias is None else dense.bias.reshape(1, -1, *[1] * (wanted.dim() - 2)))).movedim(
             1, -1

@@ -70,7 +70,7 @@ def test_layers_products_and_joins_are_shown_and_nothing_else() -> None:
     kinds = {box.lines[0]: box.kind for box in found.boxes.values()}
     assert kinds == {
         "x 1x3x16x16": "end", "stem": "dense", "wide": "dense", "thin": "dense", "+": "join", "depthwise": "skipped",
-        "matmul": "no weights", "tied": "skipped", "head": "skipped", "output 1x32x32": "end",
+        "matmul": "no weights", "tied": "dense", "head": "dense", "output 1x32x32": "end",
     }  # fmt: skip
     names = {name: box.lines[0] for name, box in found.boxes.items()}
     assert [(names[source], names[user]) for source, user in found.edges] == [
@@ -121,8 +121,8 @@ def test_latency_is_not_shown_without_an_estimate() -> None:
 
 def test_figures_are_printed() -> None:
     text = str(tdfx.graph(captured(), planned()))
-    assert text.startswith("Branches: 3 layers (")
-    assert "3 skipped" in text
+    assert text.startswith("Branches: 5 layers (")
+    assert "1 skipped" in text
     assert "\nshared parameters head, tied" in text
     assert re.search(r"\ncritical path     \S+ ms, \d\d\.\d% of \S+ ms", text)
     assert re.search(r"\nactivation bytes  98.3K at the peak", text)  # the sum and its two terms, 32 KiB each

@@ -325,7 +325,7 @@ def test_compress_searches() -> None:
 
 
 def test_compress_refuses_before_the_slow_stages(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tdfx.stages.compress.capture", None)
+    monkeypatch.setattr("tdfx.stages.compress.capture_model", None)
     with pytest.raises(BudgetError, match="needs evaluate"):
         compressed(budget="drop=1%")
     with pytest.raises(BudgetError, match="has no drop"):

@@ -45,8 +45,13 @@ def trained(name: str) -> Capture:
 
 
 def layers(captured: Capture) -> set[str]:
-    called = {str(node.target) for node in captured.module.graph.nodes if node.op == "call_module"}
-    return {name for name in called if has_stock_forward(captured.module.get_submodule(name))}
+    called = {str(node.target) for node in captured.plain.graph.nodes if node.op == "call_module"}
+    return {name for name in called if has_stock_forward(captured.plain.get_submodule(name))}
+
+
+def rounding(captured: Capture) -> float:
+    """Of recurrent layers whose gates are computed apart; nothing else is computed otherwise."""
+    return 0.0 if captured.module is captured.plain else 1e-6
 
 
 def same(found: Any, expected: Any, tolerance: float = 0.0) -> None:
@@ -65,7 +70,7 @@ def test_every_convolution_and_linear_layer_is_seen_without_difference(name: str
     captured = trained(name)
     assert captured.tier == ("fx" if name in TRACED else "export")
     assert layers(captured) == EXPORTED[name].layers
-    assert captured.max_rel_diff == 0.0
+    assert captured.max_rel_diff <= rounding(captured)
     assert not any(module.training for module in captured.module.modules())
 
 
@@ -109,7 +114,7 @@ def test_a_folded_capture_is_of_the_same_numbers() -> None:
 def test_the_batch_is_free(name: str) -> None:
     model, args, kwargs = build(name, batch=5)
     assert not any(note.startswith("the batch size is fixed") for note in trained(name).notes)
-    same(outputs(trained(name).module, args, kwargs), outputs(model, args, kwargs))
+    same(outputs(trained(name).plain, args, kwargs), outputs(model, args, kwargs))
 
 
 @pytest.mark.parametrize("name", ["bert", "seq2seq", "shape_dependent"])
@@ -295,7 +300,7 @@ def test_a_program_without_inputs_asks_for_them() -> None:
 def test_an_exported_program_trains_as_far_as_it_says(name: str) -> None:
     model, args, kwargs = build(name)
     captured = capture(program(name), args, kwargs, trainable=True)
-    assert captured.max_rel_diff == 0.0
+    assert captured.max_rel_diff <= rounding(captured)
     assert layers(captured) >= EXPORTED[name].layers
     kinds = [type(module).__name__ for module in captured.module.modules()]
     assert kinds.count("BatchNorm2d") == (2 if name == "regularized" else 0)

@@ -154,7 +154,7 @@ def test_feature_errors_are_output_errors_measured_on_the_layer(
     candidate = next(c for c in profiled(name, "feature").of_site(site) if c.method == method)
     solved = solve(captured(name).module, place, candidate, scoring, 0)
     dense = copy.deepcopy(layer_at(captured(name).module, site)).double()
-    chain = solved.replacement().chain.double()
+    chain = solved.replacements()[site].chain.double()
     with torch.no_grad():
         x = inputs_of(name, site)
         left = (dense(x) - chain(x)).movedim(1, -1).flatten(0, -2)
