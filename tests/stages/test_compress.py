@@ -531,8 +531,8 @@ def test_what_is_no_module_is_refused() -> None:
 @pytest.mark.parametrize(
     ("inputs", "kwargs", "message"),
     [
-        ([[1.0]], None, r"example_inputs\[0\] is a list; expected a tensor"),
-        (X, {"scale": 2}, r"example_kwargs\['scale'\] is a int; expected a tensor"),
+        ([[1.0]], None, r"does not run on the example inputs.*TypeError"),
+        (X, {"scale": 2}, r"does not run on the example inputs.*TypeError"),
         (
             X[:, :3],
             None,

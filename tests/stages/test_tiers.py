@@ -305,7 +305,7 @@ def test_an_exported_program_trains_as_far_as_it_says(name: str) -> None:
     kinds = [type(module).__name__ for module in captured.module.modules()]
     assert kinds.count("BatchNorm2d") == (2 if name == "regularized" else 0)
     (other,), _ = EXPORTED[name].inputs(3)
-    same(outputs(captured.module, (other,), {}), outputs(model, (other,), {}))
+    same(outputs(captured.plain, (other,), {}), outputs(model, (other,), {}))
 
 
 def test_programs_and_modules_share_nothing_with_the_capture() -> None:
