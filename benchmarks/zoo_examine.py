@@ -132,9 +132,10 @@ def _capture(held: dict[str, Any]) -> dict[str, Any]:
 
 
 def _coverage(held: dict[str, Any]) -> dict[str, Any]:
-    case, module = held["case"], held["captured"].module
-    whole = sum(_flops(case.model, case)[""].values())
+    case, module = held["case"], held["captured"].plain
+    # Of the graph, not of the model: torch's own attention multiplies by its packed weights in ways without a name.
     by_layer = {name: sum(counts.values()) for name, counts in _flops(module, case).items()}
+    whole = by_layer[""]
     seen = sum(by_layer.get(name, 0) for name in held["seen"])
     sites = sum(by_layer.get(site.name, 0) for site in held["profiled"].sites)
     return {"coverage": seen / whole if whole else 1.0, "compressible_share": sites / whole if whole else 1.0}
@@ -236,9 +237,8 @@ def _moves(module: nn.Module, name: str, case: Case, reference: list[Tensor], no
 
     Every other output, as a normalization may undo a change of all.
     """
-    layers = (layer for layer in module.get_submodule(name).modules() if hasattr(layer, "weight"))
-    layer = next(layer for layer in layers if layer.weight.dim() >= 2)
-    weight = layer.weight
+    own = ((layer, layer._parameters.get("weight")) for layer in module.get_submodule(name).modules())
+    layer, weight = next((layer, weight) for layer, weight in own if weight is not None and weight.dim() >= 2)
     kept = weight.detach().clone()
     with torch.no_grad():
         (weight.T if isinstance(layer, nn.Embedding | nn.EmbeddingBag) else weight)[::2] *= SCALE
@@ -249,9 +249,12 @@ def _moves(module: nn.Module, name: str, case: Case, reference: list[Tensor], no
 
 
 def _flops(module: nn.Module, case: Case) -> Mapping[str, Mapping[Any, int]]:
-    """FLOPs of convolutions and matrix products with weights by torch's counter, by module; "" is the whole."""
+    """FLOPs of convolutions and matrix products with weights by torch's counter, by module; "" is the whole.
+
+    It counts nothing for recurrent layers, which are left out on both sides, and for fused attention, which is not run.
+    """
     frozen = copy.deepcopy(module).requires_grad_(False)  # the counter hooks into gradients where there are any
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+    with plain_attention(), FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         outputs(frozen, case)
     counts = counter.get_flop_counts()
     named = {name.partition(".")[2]: found for name, found in counts.items() if name != "Global"}
