@@ -16,7 +16,7 @@ from tdfx.errors import InputError
 
 
 @contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+def replacing(path: str | os.PathLike[str], *, optional: bool = False) -> Iterator[Path]:
     """Give a temporary path to write to; it takes its final name when the block ends without an error.
 
     The temporary path has the final file name and lies in a folder of its own inside the final folder, so files
@@ -26,6 +26,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     Args:
         path: the final name.
+        optional: whether nothing happens if the block writes nothing, which is an error otherwise.
 
     Yields:
         The temporary path; nothing exists there yet.
@@ -43,6 +44,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
             undo.callback(shutil.rmtree, folder, ignore_errors=True)
         staged = folder / final.name
         yield staged
+        if optional and not staged.exists():
+            return
         with _refusing(path):
             for part in [*(beside for beside in folder.iterdir() if beside != staged), staged]:
                 os.replace(part, final.parent / part.name)

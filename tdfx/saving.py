@@ -138,7 +138,7 @@ def output_folder(folder: Path, names: Sequence[str] = (ONNX, *FILES)) -> Iterat
 
         def stage(name: str) -> Path:
             if name not in paths:
-                paths[name] = staged.enter_context(replacing(folder / name))
+                paths[name] = staged.enter_context(replacing(folder / name, optional=name in (ONNX, INT8_ONNX)))
             return paths[name]
 
         for name in names:

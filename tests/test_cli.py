@@ -275,3 +275,36 @@ def test_the_unexpected_is_one_line_too(
     kind = type(raised).__name__
     assert outcome.stderr == f"error: unexpected {kind}: {str(raised).splitlines()[0]}; --debug shows where\n"
     assert not Path("out").exists()
+
+
+BRANCH = """
+import torch
+from torch import nn
+
+class Branch(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.positive, self.negative = nn.Linear(32, 32), nn.Linear(32, 32)
+
+    def forward(self, x):
+        return self.positive(x) if x.sum() > 0 else self.negative(self.positive(x))
+
+def make():
+    torch.manual_seed(0)
+    return Branch().eval()
+"""
+
+
+def test_a_model_without_a_graph_is_compressed_without_an_onnx_file(folder: Path) -> None:
+    Path("branch.py").write_text(BRANCH)
+    arguments = ["compress", "branch.py:make", "--input", "2x32", "--budget", "params=60%", "--rank-multiple", "1"]
+    stdout, _ = tdfx_command(*arguments, "--methods", "svd", "--target", "none", "--out", "out")
+    assert "note: no ONNX file: torch.onnx.export cannot export the network" in stdout
+    assert "in place;" in stdout
+    assert {path.name for path in Path("out").iterdir()} == {
+        "model.safetensors", "plan.json", "report.json", "structure.json",
+    }  # fmt: skip
+    result = tdfx.load("out", load_model("branch.py:make"))
+    assert result.module(torch.ones(3, 32)).shape == (3, 32)
+    _, stderr = tdfx_command(*arguments, "--capture", "export", "--out", "other", code=1)
+    assert "capture='export'" in stderr and not Path("other").exists()

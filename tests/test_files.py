@@ -152,3 +152,12 @@ def test_json_without_words_for_nan_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="JSON"):
         write_json(tmp_path / "p.json", {"error": float("nan")})
     assert tree(tmp_path) == set()
+
+
+def test_a_file_that_is_optional_need_not_be_written(tmp_path: Path) -> None:
+    (tmp_path / "old").write_text("kept")
+    with replacing(tmp_path / "old", optional=True), replacing(tmp_path / "new" / "file", optional=True):
+        pass
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("old", "kept")]
+    with pytest.raises(InputError, match="cannot write"), replacing(tmp_path / "other"):
+        pass

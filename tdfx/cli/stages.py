@@ -26,12 +26,13 @@ from tdfx.cli.support import (
     unless_none,
     write_onnx,
 )
+from tdfx.errors import ExportError
 from tdfx.files import replacing, write_text
 from tdfx.latency.runner import CPU
 from tdfx.loading import draw_inputs, example_inputs, open_model
 from tdfx.moments import Moments
 from tdfx.onnx_export import ExportReport
-from tdfx.records.capture import AUTO
+from tdfx.records.capture import AUTO, INPLACE
 from tdfx.records.latency import LatencyTable
 from tdfx.records.plan import MEASURED, Plan
 from tdfx.records.profile import Profile
@@ -139,19 +140,30 @@ def compress(
                     result, source.read(captured), output=output, minutes=tune, seed=seed, cache_dir=cache
                 )
             calibration = None if source is None or quantize is None else source.read(captured)
-            written = write_onnx(
-                folder,
-                result,
-                args,
-                kwargs,
-                opset,
-                free_in_file,
-                quantize,
-                calibration,
-                samples,
-                None if quantize is None else score,
-            )
-        typer.echo(f"{result.report}\n\n{_exported(out, written, *FILES)}; tdfx.load reads it{_stale(out, quantize)}")
+            written: ExportReport | ExportError
+            try:
+                written = write_onnx(
+                    folder,
+                    result,
+                    args,
+                    kwargs,
+                    opset,
+                    free_in_file,
+                    quantize,
+                    calibration,
+                    samples,
+                    None if quantize is None else score,
+                )
+            except ExportError as error:
+                if result.report.tier != INPLACE:
+                    raise
+                folder.save_result(result)
+                written = error
+        typer.echo(f"{result.report}\n")
+        if isinstance(written, ExportError):
+            typer.echo(f"{_files(out, *FILES)}; tdfx.load reads it with the model\nnote: no ONNX file: {written}")
+        else:
+            typer.echo(f"{_exported(out, written, *FILES)}; tdfx.load reads it{_stale(out, quantize)}")
 
 
 def profile(
