@@ -119,7 +119,9 @@ def _capture(held: dict[str, Any]) -> dict[str, Any]:
     captured = held["captured"] = tdfx.capture(case.model, case.args, case.kwargs)
     profiled = held["profiled"] = tdfx.profile(captured, methods=METHODS, progress=False)
     modules = dict(captured.module.named_modules())
-    names = [*(site.name for site in profiled.sites), *(entry.layer for entry in profiled.skipped)]
+    layers = [layer.name for site in profiled.sites for layer in site.layers]
+    held["sites"] = layers
+    names = [*layers, *(entry.layer for entry in profiled.skipped)]
     held["seen"] = [name for name in names if isinstance(modules.get(name), LAYERS)]
     return {
         "tier": captured.tier,
@@ -137,7 +139,7 @@ def _coverage(held: dict[str, Any]) -> dict[str, Any]:
     by_layer = {name: sum(counts.values()) for name, counts in _flops(module, case).items()}
     whole = by_layer[""]
     seen = sum(by_layer.get(name, 0) for name in held["seen"])
-    sites = sum(by_layer.get(site.name, 0) for site in held["profiled"].sites)
+    sites = sum(by_layer.get(name, 0) for name in held["sites"])
     return {"coverage": seen / whole if whole else 1.0, "compressible_share": sites / whole if whole else 1.0}
 
 

@@ -49,7 +49,8 @@ def enliven(case: Case) -> None:
     """Makes every part of a network count in its outputs, as it does in a trained one; leaves it in eval mode.
 
     Parameters that start as one constant (biases of 0, scales of residual branches of 1e-6 or 0) get values that
-    differ, and a few runs in train mode give BatchNorm its statistics.
+    differ, matrices and kernels that start near 0 a size that keeps that of their inputs, and a few runs in train mode
+    give BatchNorm its statistics.
     """
     with torch.no_grad():
         for parameter in case.model.parameters():
@@ -60,6 +61,9 @@ def enliven(case: Case) -> None:
             ):
                 constant = float(parameter.view(-1)[0])
                 parameter.normal_(1.0 if 0 < abs(constant) < 1 else constant, 0.1)
+            elif parameter.is_floating_point() and parameter.dim() > 1:
+                wanted = (len(parameter) / parameter.numel()) ** 0.5
+                parameter.mul_(max(1.0, wanted / max(float(parameter.std()), 1e-6)))
         case.model.train()
         for _ in range(TRAIN_RUNS):
             case.model(*case.args, **case.kwargs)

@@ -237,7 +237,7 @@ class EarlyExit(nn.Module):
         early = self.exit(x.mean((2, 3)))
         if early.softmax(1).amax(1).min() > 0.99:
             return early
-        return self.head(self.second(x).mean((2, 3)))
+        return early + self.head(self.second(x).mean((2, 3)))
 
 
 class Vocoder(nn.Module):
