@@ -61,7 +61,7 @@ def enliven(case: Case) -> None:
             ):
                 constant = float(parameter.view(-1)[0])
                 parameter.normal_(1.0 if 0 < abs(constant) < 1 else constant, 0.1)
-            elif parameter.is_floating_point() and parameter.dim() > 1:
+            elif parameter.is_floating_point() and parameter.dim() > 1 and parameter.numel() > len(parameter):
                 wanted = (len(parameter) / parameter.numel()) ** 0.5
                 parameter.mul_(max(1.0, wanted / max(float(parameter.std()), 1e-6)))
         case.model.train()
