@@ -64,7 +64,16 @@ def enliven(case: Case) -> None:
             elif parameter.is_floating_point() and parameter.dim() > 1 and parameter.numel() > len(parameter):
                 wanted = (len(parameter) / parameter.numel()) ** 0.5
                 parameter.mul_(max(1.0, wanted / max(float(parameter.std()), 1e-6)))
+        norms = [module for module in case.model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+        momenta = [norm.momentum for norm in norms]
+        for norm in norms:
+            norm.momentum = (
+                None  # the mean of all runs; a trained network's statistics hold nothing of the first 0 and 1
+            )
+            norm.reset_running_stats()
         case.model.train()
         for _ in range(TRAIN_RUNS):
             case.model(*case.args, **case.kwargs)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
     case.model.eval()
