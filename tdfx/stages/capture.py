@@ -12,13 +12,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
-from torch.nn.parameter import is_lazy
 
 from tdfx.contained import plain_attention, reason
 from tdfx.dynamic import BATCH, Dynamic, check_dynamic, free_axes, other_sizes, resized
-from tdfx.errors import CaptureError, InputError, OptionError, VerificationError, WeightError
+from tdfx.errors import CaptureError, InputError, OptionError, VerificationError
 from tdfx.fingerprint import structure_fingerprint, weights_fingerprint
 from tdfx.inputs import Inputs, as_args, as_kwargs, run
+from tdfx.model_check import check_devices, check_values
 from tdfx.passes.capture import has_hooks, has_stock_forward, isolate, symbolic_trace
 from tdfx.passes.capture_in_place import capture_in_place, kept_batch_norms, not_called
 from tdfx.passes.count import count
@@ -111,11 +111,11 @@ def capture(
         raise OptionError(f"dynamic is {dynamic!r}; an exported program has its own free sizes: export it with these")
     given = as_args(example_inputs), as_kwargs(example_kwargs)
     original, notes = _isolated(model)
-    _check_values(original)
+    check_values(original)
     structure, weights = structure_fingerprint(original), weights_fingerprint(original)
     buffers = {name: buffer.clone() for name, buffer in original.named_buffers()}
     signature, tensors = Signature.of(original.forward, *given)
-    _check_devices(original, dict(zip(signature.names, tensors, strict=True)))
+    check_devices(original, dict(zip(signature.names, tensors, strict=True)))
     # Stages between this one and the result know tensors alone.
     args, kwargs = given if signature.is_plain else (tensors, {})
     network = _flat(original, signature)
@@ -402,37 +402,6 @@ def _run_model(model: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, 
     if not outputs:
         raise InputError(f"{type(model).__name__} returns no tensor on the example inputs; expected at least one")
     return outputs
-
-
-def _check_devices(model: nn.Module, inputs: Mapping[str, Tensor]) -> None:
-    devices = dict.fromkeys(value.device for value in (*model.parameters(), *model.buffers()))
-    for name, value in inputs.items():
-        # A single number on the CPU goes with tensors on any device.
-        if devices and value.device not in devices and (value.dim() or value.device.type != "cpu"):
-            raise InputError(
-                f"example input {name} is on {value.device}, the model on {', '.join(map(str, devices))}; move the "
-                "input there, or the model"
-            )
-
-
-def _check_values(model: nn.Module) -> None:
-    for name, parameter in model.named_parameters():
-        if is_lazy(parameter):
-            raise InputError(f"{name} has no shape yet: the layer is lazy; run the model once before")
-        if parameter.is_meta:
-            raise InputError(f"{name} has no values, only a shape: it is on the meta device; load the weights before")
-        _refuse(name, parameter, ~torch.isfinite(parameter), "NaN or Inf")
-    for name, buffer in model.named_buffers():
-        # Inf is the stuff of attention masks.
-        _refuse(name, buffer, torch.isnan(buffer), "NaN")
-
-
-def _refuse(name: str, values: Tensor, bad: Tensor, what: str) -> None:
-    if bool(bad.any()):
-        raise WeightError(
-            f"layer {name.rpartition('.')[0] or name}: {int(bad.sum())} of {values.numel()} values of {name} are "
-            f"{what}; repair the checkpoint"
-        )
 
 
 def run_plain(model: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor]) -> list[Tensor]:
