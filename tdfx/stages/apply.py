@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx, nn
 
+from tdfx.agreement import RTOL
 from tdfx.chains import Solved, biases_of, replacements_of, solve
 from tdfx.correction import Unfit, correct_batch_norms, correct_spread
 from tdfx.decompositions import method_for, registry
@@ -45,7 +46,7 @@ from tdfx.records.plan import MEASURED, Plan
 from tdfx.records.result import Coverage, PeakActivations, Report, Result
 from tdfx.scoring import Scoring, scoring_of, scoring_of_stored
 from tdfx.signature import Signature, without_flat_call
-from tdfx.stages.capture import RTOL, Model
+from tdfx.stages.capture import Model
 from tdfx.stages.capture import capture as capture_model
 from tdfx.stages.profile import cost_before, rest_cost
 from tdfx.targets import Target, find_target, site_cost

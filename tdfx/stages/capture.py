@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,43 +12,37 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from tdfx.contained import plain_attention, reason
-from tdfx.dynamic import BATCH, Dynamic, check_dynamic, free_axes, other_sizes, resized
-from tdfx.errors import CaptureError, InputError, OptionError, VerificationError
+from tdfx.agreement import compare, run_plain
+from tdfx.dynamic import BATCH, Dynamic, check_dynamic
+from tdfx.errors import CaptureError, InputError, OptionError
 from tdfx.fingerprint import structure_fingerprint, weights_fingerprint
 from tdfx.inputs import Inputs, as_args, as_kwargs, run
 from tdfx.model_check import check_devices, check_values
-from tdfx.passes.capture import has_hooks, has_stock_forward, isolate, symbolic_trace
-from tdfx.passes.capture_in_place import capture_in_place, kept_batch_norms, not_called
+from tdfx.passes.capture import has_hooks, has_stock_forward, isolate
+from tdfx.passes.capture_in_place import kept_batch_norms, not_called
 from tdfx.passes.count import count
 from tdfx.passes.drop_inactive import DropInactive
-from tdfx.passes.drop_unread import DropUnread
-from tdfx.passes.export_trace import export_trace, operators
+from tdfx.passes.export_trace import operators
 from tdfx.passes.fold_batch_norm import FoldBatchNorm, RemainingBatchNorms
-from tdfx.passes.fold_weights import FoldWeights
-from tdfx.passes.in_place import InPlace, sharing
+from tdfx.passes.in_place import InPlace
 from tdfx.passes.layer_operators import parameter_read
-from tdfx.passes.lift_layers import LiftLayers
-from tdfx.passes.lift_modules import LiftModules
 from tdfx.passes.merge_linear import MergedLayers, MergeLinear
 from tdfx.passes.recurrent import is_recurrent
 from tdfx.passes.shape_prop import ShapeProp, bind
 from tdfx.passes.sites import has_weight_matrix
 from tdfx.passes.unpack_attention import unpack_attention
 from tdfx.passes.unpack_recurrent import UnpackableLayers, UnpackRecurrent
-from tdfx.passes.verify import relative_difference
 from tdfx.pt2 import load_program
-from tdfx.records.capture import AUTO, EXPORT, FX, INPLACE, TIERS, Capture
+from tdfx.records.capture import AUTO, EXPORT, TIERS, Capture
 from tdfx.records.layer import Skipped
 from tdfx.signature import Signature, with_flat_call
+from tdfx.tracing import lift, trace
+from tdfx.trials import at_other_sizes
 
 Model = nn.Module | ExportedProgram | str | Path
 Traced = TypeVar("Traced")
 
 UPDATED = "forward updates this buffer in eval mode"
-
-# Allowed between the model's outputs and the normalized graph's; folding BatchNorm rounds weights anew.
-RTOL = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
 def capture(
@@ -129,15 +122,15 @@ def capture(
         network = _flat(original, signature)
         reference = _run_model(network, args, kwargs)
     if not signature.is_plain:
-        _compare(run(original, *given), reference)
+        compare(run(original, *given), reference)
     notes = (*notes, *_constant_notes(signature))
     changed = _restore_buffers(original, buffers)
-    trials = _trials(network, signature, dynamic, args, kwargs)
+    trials = at_other_sizes(network, signature, dynamic, args, kwargs)
     unpacked = unpack_attention(network, trainable=trainable)
     if program is None:
-        tier, traced, tier_notes = _trace(unpacked, args, kwargs, trials, trainable, capture)
+        tier, traced, tier_notes = trace(unpacked, args, kwargs, trials, trainable, capture)
     else:
-        tier, traced, tier_notes = EXPORT, _lift(original, original, trainable), ()
+        tier, traced, tier_notes = EXPORT, lift(original, original, trainable), ()
     inputs = bind(traced, args, kwargs)
     merged: tuple[Skipped, ...] = ()
     if isinstance(traced, InPlace):
@@ -169,7 +162,7 @@ def capture(
         structure=structure,
         weights=weights,
         skipped=hidden,
-        max_rel_diff=_compare(reference, run_plain(module, args, kwargs)),
+        max_rel_diff=compare(reference, run_plain(module, args, kwargs)),
         notes=(*notes, *tier_notes, *trials.notes),
         signature=signature,
     )
@@ -219,172 +212,6 @@ def _unpacked(plain: fx.GraphModule, inputs: tuple[Tensor, ...], trainable: bool
     return UnpackRecurrent(names, trainable).run(plain)
 
 
-@dataclass(frozen=True)
-class _Trials:
-    """The model at another size of each dimension that is named.
-
-    Attributes:
-        free: names of the free dimensions of each input.
-        args: positional inputs of those sizes.
-        kwargs: likewise by keyword.
-        reference: what the model makes of them; None without names, the batch's aside.
-        sizes: in words.
-    """
-
-    free: tuple[dict[int, str], ...]
-    args: tuple[Tensor, ...] = ()
-    kwargs: Mapping[str, Tensor] = field(default_factory=dict)
-    reference: list[Tensor] | None = None
-    sizes: str = ""
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        return () if self.reference is None else (f"free sizes: model and graph agree at {self.sizes} too",)
-
-    def check(self, traced: fx.GraphModule) -> fx.GraphModule:
-        """The graph, if it computes what the model does.
-
-        Raises:
-            CaptureError: it does not.
-        """
-        if self.reference is None:
-            return traced
-        try:
-            _compare(self.reference, run(traced, self.args, self.kwargs))
-        except Exception as error:
-            raise CaptureError(
-                f"the graph is of the example inputs' sizes and not of {self.sizes}: {reason(error)}; leave out of "
-                "dynamic what forward needs as a number"
-            ) from error
-        return traced
-
-
-def _trials(
-    model: nn.Module,
-    signature: Signature,
-    dynamic: Dynamic,
-    args: tuple[Tensor, ...],
-    kwargs: Mapping[str, Tensor],
-) -> _Trials:
-    inputs = dict(zip(signature.names, (*args, *kwargs.values()), strict=True))
-    axes = free_axes(dynamic, inputs)
-    free = tuple(axes.get(name, {}) for name in inputs)
-
-    def call(values: Mapping[str, Tensor]) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
-        given = tuple(values.values())
-        return given[: len(args)], dict(zip(kwargs, given[len(args) :], strict=True))
-
-    def outputs(values: Mapping[str, Tensor]) -> list[Tensor]:
-        with plain_attention():
-            return run(model, *call(values))
-
-    others = other_sizes(axes, inputs, outputs)
-    if not others:
-        return _Trials(free)
-    other = resized(axes, inputs, others)
-    text = ", ".join(f"{name} = {size}" for name, size in others.items())
-    return _Trials(free, *call(other), outputs(other), text)
-
-
-def _trace(
-    model: nn.Module,
-    args: tuple[Tensor, ...],
-    kwargs: Mapping[str, Tensor],
-    trials: _Trials,
-    trainable: bool,
-    tier: str,
-) -> tuple[str, fx.GraphModule, tuple[str, ...]]:
-    """Tier, graph and notes, of the tier asked for or of the first one that takes the model."""
-    if tier == INPLACE:
-        return INPLACE, trials.check(capture_in_place(model, args, kwargs)), ()
-    if tier == FX:
-        return FX, trials.check(_lift(_forced(FX, symbolic_trace, model, args, kwargs), model, trainable)), ()
-    if tier == EXPORT:
-        exported, notes = _forced(EXPORT, export_trace, model, args, kwargs, trials.free)
-        return EXPORT, trials.check(_lift(exported, model, trainable)), notes
-    try:
-        return _trace_graph(
-            sharing(model), args, kwargs, trials, trainable
-        )  # tracing may leave its own in buffers and attributes
-    except CaptureError as error:
-        why = f"captured in place, where forward stays Python code: {error}"
-        return INPLACE, trials.check(capture_in_place(model, args, kwargs)), (why,)
-
-
-def _forced(tier: str, trace: Callable[..., Traced], *given: Any) -> Traced:
-    """What a way of tracing returns.
-
-    Raises:
-        CaptureError: it fails; says what else to try.
-    """
-    try:
-        return trace(*given)
-    except CaptureError as error:
-        other = EXPORT if tier == FX else FX
-        raise CaptureError(
-            f"capture={tier!r}: {error}; or try capture={other!r}, or capture={INPLACE!r}, which needs no graph"
-        ) from error
-
-
-def _trace_graph(
-    model: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor], trials: _Trials, trainable: bool
-) -> tuple[str, fx.GraphModule, tuple[str, ...]]:
-    """Symbolic tracing if it sees all layers, or else torch.export if that sees more of them."""
-    traced, problem = None, None
-    try:
-        traced = trials.check(_lift(symbolic_trace(model, args, kwargs), model, trainable))
-        if len(_layers(traced)) >= _count_called(model, args, kwargs) and not _calls_opaque(traced):
-            return FX, traced, ()
-    except CaptureError as error:
-        problem = error
-    try:
-        exported, notes = export_trace(model, args, kwargs, trials.free)
-        lifted = trials.check(_lift(exported, model, trainable))
-    except CaptureError as error:
-        if traced is not None:
-            return FX, traced, (f"symbolic tracing does not see all layers, and {error}",)
-        raise CaptureError(f"{problem}. {error}") from error
-    if traced is not None and len(_layers(traced)) >= len(_layers(lifted)):
-        return FX, traced, ()
-    return EXPORT, lifted, notes
-
-
-def _lift(operators: nn.Module, model: nn.Module, trainable: bool) -> fx.GraphModule:
-    assert isinstance(operators, fx.GraphModule)
-    folded = operators if trainable else FoldWeights().run(operators)
-    return DropUnread().run(LiftModules(model).run(LiftLayers(model).run(folded)))
-
-
-def _layers(graph_module: fx.GraphModule) -> set[str]:
-    """Names of the Linear and convolution layers that a graph calls."""
-    called = {str(node.target) for node in graph_module.graph.nodes if node.op == "call_module"}
-    return {name for name in called if has_stock_forward(graph_module.get_submodule(name))}
-
-
-def _calls_opaque(graph_module: fx.GraphModule) -> bool:
-    """Whether weights go into functions that tracing does not look into (torch.fx.wrap)."""
-    functions = (node for node in graph_module.graph.nodes if node.op == "call_function")
-    opaque = (node for node in functions if getattr(node.target, "__module__", None) and not _is_known(node.target))
-    return any(parameter_read(graph_module, value) is not None for node in opaque for value in node.all_input_nodes)
-
-
-def _is_known(function: Any) -> bool:
-    return function.__module__.partition(".")[0] in ("torch", "_operator", "operator", "builtins", "math")
-
-
-def _count_called(model: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor]) -> int:
-    """How many Linear and convolution layers one run calls."""
-    called: set[nn.Module] = set()
-    layers = [module for module in model.modules() if has_stock_forward(module)]
-    handles = [layer.register_forward_hook(lambda module, *_: called.add(module)) for layer in layers]
-    try:
-        run_plain(model, args, kwargs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return len(called)
-
-
 def _run_model(model: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor]) -> list[Tensor]:
     for name, value in (*((f"[{i}]", v) for i, v in enumerate(args)), *kwargs.items()):
         if value.numel() == 0:
@@ -404,12 +231,6 @@ def _run_model(model: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, 
     return outputs
 
 
-def run_plain(model: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor]) -> list[Tensor]:
-    """Output tensors, without torch's fast path for transformer layers."""
-    with plain_attention():
-        return run(model, args, kwargs)
-
-
 def _restore_buffers(model: nn.Module, before: Mapping[str, Tensor]) -> tuple[str, ...]:
     """Names of the buffers that forward writes to, which a graph does not repeat; they are set back."""
     changed = []
@@ -425,30 +246,6 @@ def _constant_notes(signature: Signature) -> tuple[str, ...]:
         return ()
     found = ", ".join(f"{place} = {value!r}" for place, value in signature.constants.items())
     return (f"constants of the capture, with which alone the result can be called: {found}",)
-
-
-def _compare(reference: list[Tensor], found: list[Tensor]) -> float:
-    if len(reference) != len(found):
-        raise CaptureError(
-            f"the captured graph returns {len(found)} tensors, the model {len(reference)}; return tensors, tuples or "
-            "dictionaries of them from forward"
-        )
-    worst = 0.0
-    for index, (wanted, got) in enumerate(zip(reference, found, strict=True)):
-        if bool(torch.isnan(wanted).any()):
-            raise VerificationError(f"output {index} of the model itself holds NaN on the example inputs; use others")
-        absolute, relative = relative_difference(wanted, got)
-        allowed = RTOL.get(wanted.dtype, 0.0)
-        if not relative <= allowed:
-            raise VerificationError(
-                f"output {index} of the captured graph ({got.dtype}) differs from the model's ({wanted.dtype}) by "
-                f"{absolute:.3g} ({relative:.3g} of its largest value, allowed {allowed:.0e}): forward depends on "
-                "something that tracing does not see",
-                max_abs_diff=absolute,
-                max_rel_diff=relative,
-            )
-        worst = max(worst, relative)
-    return worst
 
 
 def _unseen(model: nn.Module, traced: fx.GraphModule) -> tuple[Skipped, ...]:
