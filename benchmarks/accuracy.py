@@ -25,7 +25,7 @@ from statistics import mean
 
 import torch
 from cifar import images, top1, trained_resnet
-from peers import Balf, greedy_spatial_svd, pruned, uniform_rank
+from peers import Balf, GreedySpatialSvd, pruned, uniform_rank
 from time_ratios import time_ratios
 from torch import Tensor, nn
 
@@ -77,7 +77,7 @@ PEERS: dict[str, Callable[[Setting], Compress]] = {
     "activation-aware SVD": lambda s: Balf(s.model, s.example, s.calibration, s.seed).network,
     "tensorly-torch CP, uniform": lambda s: lambda share: uniform_rank(s.model, s.example, share, "cp"),
     "tensorly-torch Tucker, uniform": lambda s: lambda share: uniform_rank(s.model, s.example, share, "tucker"),
-    "AIMET spatial SVD, greedy": lambda s: lambda share: greedy_spatial_svd(s.model, s.example, s.calibration, share),
+    "AIMET spatial SVD, greedy": lambda s: GreedySpatialSvd(s.model, s.example, s.calibration).network,
     "torch-pruning, magnitude": lambda s: lambda share: pruned(s.model, s.example, share),
 }
 """Other tools."""

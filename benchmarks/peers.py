@@ -14,6 +14,7 @@ import tempfile
 import warnings
 from decimal import Decimal
 from functools import cache
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -130,44 +131,57 @@ def uniform_rank(
     return network, _macs(network, example) / total
 
 
-def greedy_spatial_svd(model: nn.Module, example: Tensor, calibration: Tensor, share: float) -> tuple[nn.Module, float]:
+class GreedySpatialSvd:
     """AIMET's spatial SVD, ratios by its greedy selection; score: classes that agree with the network's own.
+
+    Its scores of layers at ten ratios each are taken once, for all budgets.
 
     Args:
         model: the network; its first convolution is left as it is.
         example: an input, for counting.
         calibration: images that candidates are scored on.
-        share: of the multiply-accumulates.
     """
-    _define_torchvision_operators()
-    from contextlib import chdir  # of Python 3.11
 
-    from aimet_torch.common.defs import CompressionScheme, CostMetric, GreedySelectionParameters
-    from aimet_torch.compress import ModelCompressor
-    from aimet_torch.defs import SpatialSvdParameters
+    def __init__(self, model: nn.Module, example: Tensor, calibration: Tensor) -> None:
+        _define_torchvision_operators()
+        self.model, self.example, self.calibration = model, example, calibration
+        self.classes = self._classes(model)
+        self.folder = tempfile.TemporaryDirectory()
+        self.scores = Path(self.folder.name) / "data" / "greedy_selection_eval_scores_dict.pkl"  # where AIMET puts them
 
-    with torch.no_grad():
-        classes = torch.cat([model(batch).argmax(1) for batch in calibration.split(256)])
+    def network(self, share: float) -> tuple[nn.Module, float]:
+        """The network at a share of the multiply-accumulates, and the share it has."""
+        from contextlib import chdir  # of Python 3.11
 
-    def agreement(network: nn.Module, iterations: int | None, use_cuda: bool = False) -> float:
-        with torch.no_grad():
-            found = torch.cat([network.eval()(batch).argmax(1) for batch in calibration.split(256)])
-        return float((found == classes).float().mean())
+        from aimet_torch.common.defs import CompressionScheme, CostMetric, GreedySelectionParameters
+        from aimet_torch.compress import ModelCompressor
+        from aimet_torch.defs import SpatialSvdParameters
 
-    first = next(layer for layer in model.modules() if isinstance(layer, nn.Conv2d))
-    greedy = GreedySelectionParameters(target_comp_ratio=Decimal(str(share)), num_comp_ratio_candidates=10)
-    mode = SpatialSvdParameters.AutoModeParams(greedy, modules_to_ignore=[first])
-    with tempfile.TemporaryDirectory() as folder, chdir(folder):  # where AIMET writes its data
-        network, _ = ModelCompressor.compress_model(
-            model,
-            agreement,
-            None,
-            (1, *example.shape[1:]),
-            CompressionScheme.spatial_svd,
-            CostMetric.mac,
-            SpatialSvdParameters(SpatialSvdParameters.Mode.auto, mode),
+        first = next(layer for layer in self.model.modules() if isinstance(layer, nn.Conv2d))
+        greedy = GreedySelectionParameters(
+            target_comp_ratio=Decimal(str(share)),
+            num_comp_ratio_candidates=10,
+            saved_eval_scores_dict=str(self.scores) if self.scores.exists() else None,
         )
-    return network.eval(), _macs(network, example) / _macs(model, example)
+        mode = SpatialSvdParameters.AutoModeParams(greedy, modules_to_ignore=[first])
+        with chdir(self.folder.name):
+            network, _ = ModelCompressor.compress_model(
+                self.model,
+                self._agreement,
+                None,
+                (1, *self.example.shape[1:]),
+                CompressionScheme.spatial_svd,
+                CostMetric.mac,
+                SpatialSvdParameters(SpatialSvdParameters.Mode.auto, mode),
+            )
+        return network.eval(), _macs(network, self.example) / _macs(self.model, self.example)
+
+    def _agreement(self, network: nn.Module, iterations: int | None, use_cuda: bool = False) -> float:
+        return float((self._classes(network.eval()) == self.classes).float().mean())
+
+    def _classes(self, network: nn.Module) -> Tensor:
+        with torch.no_grad():
+            return torch.cat([network(batch).argmax(1) for batch in self.calibration.split(256)])
 
 
 def uniform_spatial_svd(model: nn.Module, example: Tensor, share: float) -> tuple[nn.Module, float]:
