@@ -51,7 +51,7 @@ class Coverage:
     def __str__(self) -> str:
         return (
             f"{self.compressible} of {self.layers} layers can be compressed, with {self.macs:.1%} of the FLOPs; "
-            f"{self.factorized} are"
+            f"{self.factorized} {'was' if self.factorized == 1 else 'were'}"
         )
 
 
