@@ -12,6 +12,7 @@ from collections.abc import Collection
 from typing import Any
 
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 ROOT = "_root"
 FIXED = "fixed"
@@ -95,10 +96,10 @@ def _rebuilt(root: nn.Module, positional: int, keywords: Collection[str], meta: 
 
 
 def duplicated(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
-    """A deep copy; of what earlier runs left behind, as the weight of weight_norm, without its history."""
+    """A deep copy; of what earlier runs left behind, as the weight of weight_norm or a list, without its history."""
     memo = {} if memo is None else memo
     held = [value for part in model.modules() for values in (vars(part), part._buffers) for value in values.values()]
-    for value in held:
+    for value in pytree.tree_leaves(held):
         if isinstance(value, Tensor) and not value.is_leaf:
             memo.setdefault(id(value), value.detach().clone())
     return copy.deepcopy(model, memo)

@@ -54,7 +54,12 @@ def _checked(where: str, value: Any) -> Any:
 
 
 def run(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
-    """The module's output tensors, out of containers and dataclasses.
+    """The module's output tensors, out of containers and dataclasses; it runs as for ``outcome``."""
+    return list(tensors(outcome(module, args, kwargs)))
+
+
+def outcome(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """What the module returns.
 
     It runs without gradients, with random numbers seeded and the caller's kept, on copies of the inputs, since a module
     may write into what it is given; where it runs in place, on one of the module too, which may write into itself.
@@ -64,8 +69,7 @@ def run(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> li
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         copies = pytree.tree_map_only(Tensor, torch.clone, (tuple(args), dict(kwargs)))
-        output: Any = module(*copies[0], **copies[1])
-    return list(tensors(output))
+        return module(*copies[0], **copies[1])
 
 
 def tensors(value: Any) -> Iterator[Tensor]:

@@ -11,12 +11,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
 
 from tdfx.agreement import compare, run_plain
+from tdfx.contained import plain_attention
 from tdfx.dynamic import BATCH, Dynamic, check_dynamic
 from tdfx.errors import CaptureError, InputError, OptionError
 from tdfx.fingerprint import structure_fingerprint, weights_fingerprint
-from tdfx.inputs import Inputs, as_args, as_kwargs, run
+from tdfx.inputs import Inputs, as_args, as_kwargs, outcome, tensors
 from tdfx.model_check import check_devices, check_values
 from tdfx.passes.capture import has_hooks, has_stock_forward, isolate
 from tdfx.passes.capture_in_place import kept_batch_norms, not_called
@@ -102,27 +104,22 @@ def capture(
         example_inputs, example_kwargs = program.example_inputs or (None, None)
     if program is not None and isinstance(dynamic, Mapping):
         raise OptionError(f"dynamic is {dynamic!r}; an exported program has its own free sizes: export it with these")
-    given = as_args(example_inputs), as_kwargs(example_kwargs)
+    given = as_args(() if example_inputs is None and example_kwargs else example_inputs), as_kwargs(example_kwargs)
     original, notes = _isolated(model)
     check_values(original)
     structure, weights = structure_fingerprint(original), weights_fingerprint(original)
     buffers = {name: buffer.clone() for name, buffer in original.named_buffers()}
-    signature, tensors = Signature.of(original.forward, *given)
-    check_devices(original, dict(zip(signature.names, tensors, strict=True)))
+    signature, values = Signature.of(original.forward, *given)
+    check_devices(original, dict(zip(signature.names, values, strict=True)))
     # Stages between this one and the result know tensors alone.
-    args, kwargs = given if signature.is_plain else (tensors, {})
-    network = _flat(original, signature)
-    try:
-        reference = _run_model(network, args, kwargs)
-    except InputError:
-        if not has_hooks(model):
-            raise
-        # Some models gather their outputs by hooks of their own.
+    args, kwargs = given if signature.is_plain else (values, {})
+    if _needs_hooks(model, original, given):
         original, notes = _isolated(model, keep_hooks=True)
-        network = _flat(original, signature)
-        reference = _run_model(network, args, kwargs)
+    # The model first: what it sets up in itself when it runs is then the same in all views of it.
+    reference = _run_model(original, *given)
+    network = _flat(original, signature)
     if not signature.is_plain:
-        compare(run(original, *given), reference)
+        compare(reference, run_plain(network, args, kwargs))
     notes = (*notes, *_constant_notes(signature))
     changed = _restore_buffers(original, buffers)
     trials = at_other_sizes(network, signature, dynamic, args, kwargs)
@@ -192,6 +189,24 @@ def _isolated(model: nn.Module, *, keep_hooks: bool = False) -> tuple[nn.Module,
     return nn.Sequential(OrderedDict(layer=original)).eval(), notes
 
 
+def _needs_hooks(model: nn.Module, original: nn.Module, given: tuple[tuple[Any, ...], dict[str, Any]]) -> bool:
+    """Whether a model gathers outputs by hooks of its own: its copy without them fails, or returns empty containers."""
+    if not has_hooks(model):
+        return False
+    try:
+        with plain_attention():
+            output = outcome(original, *given)
+    except Exception:
+        return True
+    if not _has_empty(pytree.tree_structure(output)):
+        return False
+    return len(run_plain(_isolated(model, keep_hooks=True)[0], *given)) > len([*tensors(output)])
+
+
+def _has_empty(spec: pytree.TreeSpec) -> bool:
+    return not spec.is_leaf() and (not spec.children() or any(map(_has_empty, spec.children())))
+
+
 def _flat(model: nn.Module, signature: Signature) -> nn.Module:
     """The model as what takes tensors alone."""
     return model if signature.is_plain else with_flat_call(model, signature)
@@ -212,8 +227,9 @@ def _unpacked(plain: fx.GraphModule, inputs: tuple[Tensor, ...], trainable: bool
     return UnpackRecurrent(names, trainable).run(plain)
 
 
-def _run_model(model: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor]) -> list[Tensor]:
-    for name, value in (*((f"[{i}]", v) for i, v in enumerate(args)), *kwargs.items()):
+def _run_model(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    given, values = Signature.of(model.forward, args, kwargs)
+    for name, value in zip(given.names, values, strict=True):
         if value.numel() == 0:
             raise InputError(
                 f"example input {name} of shape {tuple(value.shape)} is empty; nothing could be verified on it"
@@ -221,7 +237,7 @@ def _run_model(model: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, 
     try:
         outputs = run_plain(model, args, kwargs)
     except Exception as error:
-        shapes = ", ".join(f"{tuple(value.shape)} {value.dtype}" for value in (*args, *kwargs.values()))
+        shapes = ", ".join(f"{tuple(value.shape)} {value.dtype}" for value in values)
         raise InputError(
             f"{type(model).__name__}{inspect.signature(model.forward)} does not run on the example inputs "
             f"({shapes}): {type(error).__name__}: {error}"

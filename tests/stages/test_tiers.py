@@ -236,6 +236,40 @@ def test_hooks_that_gather_outputs_are_kept() -> None:
     same(captured.module(other), model(other))
 
 
+class GatheringWhenAsked(nn.Module):
+    """A network that sets up hooks in its first run that asks for what they see, as those of transformers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head, self.has_hooks = nn.Linear(6, 6), nn.Linear(6, 4), False
+
+    def forward(self, x: Tensor, hidden: bool = False) -> dict[str, Any]:
+        seen: list[Tensor] = []
+        if hidden and not self.has_hooks:
+            self.body.register_forward_hook(lambda module, args, output: module.seen.append(output))
+            self.has_hooks = True
+        self.body.seen = seen  # type: ignore[assignment]
+        return {"y": self.head(self.body(x)), "seen": tuple(seen)}
+
+
+@pytest.mark.parametrize("was_asked", [False, True])
+def test_hooks_that_a_model_sets_up_when_it_runs_gather_once(was_asked: bool) -> None:
+    model = GatheringWhenAsked().eval()
+    if was_asked:
+        model(X, hidden=True)
+    captured = capture(model, None, {"x": X, "hidden": True}, capture="export")
+    assert not any("hooks" in note for note in captured.notes)
+    found = captured.module(X)
+    same([found["y"], *found["seen"]], [model(X)["y"], model.body(X)])
+
+
+def test_hooks_beside_empty_outputs_are_removed_where_they_gather_nothing() -> None:
+    fired: list[int] = []
+    model = GatheringWhenAsked().eval()
+    model.head.register_forward_hook(lambda *_: fired.append(1))
+    assert capture(model, X).notes == ("hooks of head are not part of the result",)
+
+
 # Exported programs
 
 
