@@ -33,6 +33,17 @@ def test_plans_are_made_with_measured_times(profile: Path) -> None:
     assert Plan.from_json(Path("out/plan.json").read_text()).after == plan.after
 
 
+def test_named_sizes_reach_every_command_that_captures(profile: Path) -> None:
+    for command in (
+        ["latency", "net.py:make", "profile.json", "-o", "latency.json"],
+        ["latency-kit", "net.py:make", "profile.json", "kit"],
+        ["frontier", "net.py:make", "-o", "curve.csv"],
+        ["graph", "net.py:make", "-o", "graph.dot"],
+    ):
+        _, stderr = tdfx_command(*command, *BOTH_INPUTS, "--dynamic", "x:9=width", code=1)
+        assert "dynamic names dimension 9 of x, which has shape (2, 4, 8, 8)" in stderr, command
+
+
 def test_threads_are_as_asked_for(profile: Path) -> None:
     tdfx_command("latency", "net.py:make", "profile.json", *BOTH_INPUTS, "--threads", "2", "-o", "latency.json")
     assert LatencyTable.from_json(Path("latency.json").read_text()).runtime.threads == 2

@@ -11,7 +11,16 @@ import typer
 
 from tdfx.cli import options as given
 from tdfx.cli.options import Captured
-from tdfx.cli.support import Source, cache_folder, exit_codes, model_and_inputs, names, read_record, unless_none
+from tdfx.cli.support import (
+    Source,
+    cache_folder,
+    exit_codes,
+    free_sizes,
+    model_and_inputs,
+    names,
+    read_record,
+    unless_none,
+)
 from tdfx.errors import InputError
 from tdfx.evaluation import Evaluate
 from tdfx.files import replacing, write_text
@@ -35,6 +44,7 @@ def frontier(
     model: given.Model,
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="Where the points go, as CSV.")],
     inputs: given.Inputs = None,
+    dynamic: given.Dynamic = None,
     weights: given.Weights = None,
     data: given.Data = None,
     samples: given.Samples = None,
@@ -65,7 +75,9 @@ def frontier(
         network, args, kwargs = model_and_inputs(model, weights, inputs, seed)
         score = None if evaluate is None else load_evaluate(evaluate)
         source = Source.of(data, samples, mean, std, output)
-        captured = capture_model(network, args, kwargs, trainable=trainable, capture=capture.value)
+        captured = capture_model(
+            network, args, kwargs, dynamic=free_sizes(dynamic), trainable=trainable, capture=capture.value
+        )
         cache = cache_folder(cache_dir)
         moments = None if source is None else source.moments(captured, metric, seed, cache)
         profiled = make_profile(

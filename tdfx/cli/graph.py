@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from tdfx.cli import options as given
-from tdfx.cli.support import exit_codes, model_and_inputs, read_record, unless_none
+from tdfx.cli.support import exit_codes, free_sizes, model_and_inputs, read_record, unless_none
 from tdfx.drawing.files import check_format
 from tdfx.records.plan import Plan
 from tdfx.stages.capture import capture
@@ -19,6 +19,7 @@ def graph(
     model: given.Model,
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="Picture: .svg or .png; .dot for Graphviz.")],
     inputs: given.Inputs = None,
+    dynamic: given.Dynamic = None,
     weights: given.Weights = None,
     plan: Annotated[Path | None, typer.Option(metavar="PLAN.JSON", help="Colours layers by what they become.")] = None,
     target: given.Target = "ort-cpu",
@@ -31,7 +32,13 @@ def graph(
         check_format(out)
         made = None if plan is None else read_record(Plan, plan)
         network, args, kwargs = model_and_inputs(model, weights, inputs, seed)
-        captured = capture(network, args, kwargs, trainable=trainable if made is None else made.trainable)
+        captured = capture(
+            network,
+            args,
+            kwargs,
+            dynamic=free_sizes(dynamic),
+            trainable=trainable if made is None else made.trainable,
+        )
         found = find_graph(captured, made, target=unless_none(target))
         found.draw(out)
         typer.echo(f"{found}\n\n{out}: the picture")

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from tdfx.cli import options as given
-from tdfx.cli.support import asked_runtime, cache_folder, exit_codes, model_and_inputs, read_record
+from tdfx.cli.support import asked_runtime, cache_folder, exit_codes, free_sizes, model_and_inputs, read_record
 from tdfx.files import write_text
 from tdfx.latency.fit import fit_target
 from tdfx.latency.runner import CPU
@@ -29,6 +29,7 @@ def latency(
     file: File,
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="Where it goes, as JSON.")],
     inputs: given.Inputs = None,
+    dynamic: given.Dynamic = None,
     weights: given.Weights = None,
     threads: given.Threads = 1,
     provider: given.Provider = CPU,
@@ -38,7 +39,7 @@ def latency(
 ) -> None:
     """Time every choice of a profile in ONNX Runtime on this machine, for tdfx plan --latency."""
     with exit_codes(debug):
-        captured, profile = _profiled(model, file, inputs, weights)
+        captured, profile = _profiled(model, file, inputs, dynamic, weights)
         runtime = asked_runtime(threads, provider, session_config)
         cache = cache_folder(cache_dir)
         table = measure_latency(captured, profile, runtime=runtime, cache_dir=cache)
@@ -52,12 +53,13 @@ def latency_kit(
     file: File,
     out: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder.")],
     inputs: given.Inputs = None,
+    dynamic: given.Dynamic = None,
     weights: given.Weights = None,
     debug: given.Debug = False,
 ) -> None:
     """Write a folder that times every choice of a profile on a device with only numpy and onnxruntime."""
     with exit_codes(debug):
-        write_latency_kit(*_profiled(model, file, inputs, weights), out)
+        write_latency_kit(*_profiled(model, file, inputs, dynamic, weights), out)
         typer.echo(f"{out}: copy it to the device, run python run.py there; tdfx plan --latency reads its latency.json")
 
 
@@ -80,7 +82,10 @@ def latency_fit(
         typer.echo(f"{fit}\n\n{out}: target; tdfx profile reads it as --target {out}")
 
 
-def _profiled(model: str, file: Path, inputs: list[str] | None, weights: Path | None) -> tuple[Capture, Profile]:
+def _profiled(
+    model: str, file: Path, inputs: list[str] | None, dynamic: list[str] | None, weights: Path | None
+) -> tuple[Capture, Profile]:
     profile = read_record(Profile, file)
     network, args, kwargs = model_and_inputs(model, weights, inputs, profile.seed)
-    return capture(network, args, kwargs, trainable=profile.trainable, capture=profile.capture or AUTO), profile
+    free, tier = free_sizes(dynamic), profile.capture or AUTO
+    return capture(network, args, kwargs, dynamic=free, trainable=profile.trainable, capture=tier), profile
