@@ -23,6 +23,7 @@ from tdfx.errors import CaptureError
 from tdfx.inputs import entries, opened
 from tdfx.passes.base import assemble
 from tdfx.passes.capture import LayerTracer
+from tdfx.passes.opaque import put_together, taken_apart
 from tdfx.signature import with_output
 
 aten, higher_order = torch.ops.aten, torch.ops.higher_order
@@ -115,7 +116,8 @@ class _Outputs:
         with torch.no_grad(), plain_attention(), torch.random.fork_rng(devices=[]):
             # On a copy, since forward may write into buffers.
             output = copy.deepcopy(model, {id(value): value for value in model.parameters()})(*positional, **named)
-        self.is_strange = any(entries(leaf) is not None for leaf in pytree.tree_leaves(output))
+        leaves = pytree.tree_leaves(output)
+        self.is_strange = any(entries(leaf) is not None or taken_apart(leaf) is not None for leaf in leaves)
         self.tree: Any = None
 
     def of(self, model: nn.Module) -> nn.Module:
@@ -144,11 +146,14 @@ def _made(graph: fx.Graph, tree: Any, leaves: Iterator[Any]) -> Any:
     values = []
     for value in found:
         inner = entries(value)
-        if inner is None:
-            values.append(next(leaves))
-        else:
+        if inner is not None:
             made = {name: _made(graph, entry, leaves) for name, entry in inner.items()}
             values.append(graph.call_function(type(value), (), made))
+        elif (parts := taken_apart(value)) is not None:
+            rest, tensors = parts
+            values.append(graph.call_function(put_together, (rest, *(next(leaves) for _ in tensors))))
+        else:
+            values.append(next(leaves))
     return _structured(graph, spec, iter(values))
 
 

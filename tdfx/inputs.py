@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from tdfx.errors import InputError
 from tdfx.passes.in_place import InPlace
+from tdfx.passes.opaque import taken_apart
 
 Inputs = Tensor | Sequence[Any]
 CONSTANTS = (int, float, bool, str, type(None))
@@ -78,13 +79,15 @@ def tensors(value: Any) -> Iterator[Tensor]:
 
 
 def opened(value: Any) -> Iterator[Any]:
-    """All that is in containers and dataclasses, such as torch does not know among them."""
+    """All that is in containers and dataclasses, such as torch does not know among them; of objects, the tensors."""
     for leaf in pytree.tree_leaves(value):
         inner = entries(leaf)
-        if inner is None:
-            yield leaf
-        else:
+        if inner is not None:
             yield from opened([*inner.values()])
+        elif (parts := taken_apart(leaf)) is not None:
+            yield from parts[1]
+        else:
+            yield leaf
 
 
 def entries(value: Any) -> dict[str, Any] | None:

@@ -36,6 +36,13 @@ class Output(OrderedDict[str, Any]):
     """A class that torch does not know."""
 
 
+class Cache:
+    """Neither container nor dataclass."""
+
+    def __init__(self, first: Tensor, length: int) -> None:
+        self.layers, self.length = [first, first * 2], length
+
+
 class Layers(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -80,6 +87,8 @@ class Returns(Layers):
         y = self.layers(x)
         if self.kind == "record":
             return Record(y, (y * 2, None))
+        if self.kind in ("cache", "sized"):
+            return {"logits": y, "cache": Cache(y * 3, x.shape[0] if self.kind == "sized" else 7)}
         if self.kind == "pair":
             return Pair(y, [y * 2, None])
         if self.kind == "output":
@@ -164,6 +173,27 @@ def test_outputs_keep_their_classes(kind: str, exported: bool, tmp_path: Path) -
         assert list(found) == list(wanted) and type(found["inner"]) is Output
     if kind != "dict":  # which holds a number
         assert len(tdfx.export_onnx(result.module, tmp_path / "m.onnx", X).outputs) == 2
+
+
+def test_objects_that_hold_tensors_are_returned_with_them(tmp_path: Path) -> None:
+    model = Returns("cache", exported=True)
+    result = compressed(model, X, budget="flops=100%")
+    assert result.report.tier == "export"
+    assert len(tdfx.export_onnx(result.module, tmp_path / "m.onnx", X).outputs) == 3
+    tdfx.save(result, tmp_path)
+    loaded = tdfx.load(tmp_path, model).module
+    for module in (result.module, copy.deepcopy(result.module), pickle.loads(pickle.dumps(result.module)), loaded):
+        found = module(X[:3])
+        assert type(found["cache"]) is Cache and found["cache"].length == 7
+        wanted = model(X[:3])
+        torch.testing.assert_close(found["logits"], wanted["logits"], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(found["cache"].layers, wanted["cache"].layers, rtol=1e-5, atol=1e-6)
+
+
+def test_objects_that_hold_sizes_fix_them() -> None:
+    captured = tdfx.capture(Returns("sized", exported=True).eval(), X)
+    (note,) = captured.notes
+    assert note.startswith("the batch size is fixed") and "an output holds sizes of the inputs in an object" in note
 
 
 class Positions(nn.Module):
