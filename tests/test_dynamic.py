@@ -40,6 +40,7 @@ def test_what_is_not_understood_is_shown(dynamic: Any) -> None:
     [
         ({"x": {1: "n"}}, "'x'; the inputs are ids, mask, table, number"),
         ({"ids": {2: "n"}}, r"dimension 2 of ids, which has shape \(2, 8\)"),
+        ({"ids": {-3: "n"}}, r"dimension -3 of ids, which has shape \(2, 8\)"),
         ({"ids": {1: "n"}, "table": {1: "n"}}, "n is 8 and, as dimension 1 of table, 3"),
     ],
 )
@@ -65,3 +66,15 @@ def test_other_sizes_are_those_that_run_together() -> None:
     assert other_sizes(axes, INPUTS, lambda values: runs({**values, "table": values["ids"]})) == {"n": 4}
     with pytest.raises(InputError, match=r"n = 8, but not with 16 \(ValueError: 8 at most\)"):
         other_sizes(axes, INPUTS, runs)
+
+
+def test_no_size_that_is_tried_is_empty() -> None:
+    tried: list[int] = []
+
+    def runs(values: dict[str, Tensor]) -> None:
+        tried.append(values["x"].shape[1])
+        raise ValueError("never")
+
+    with pytest.raises(InputError, match="n = 1, but not with 2"):
+        other_sizes({"x": {1: "n"}}, {"x": torch.zeros(2, 1)}, runs)
+    assert tried == [2]
