@@ -87,7 +87,7 @@ class Attention(nn.Module):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """As nn.MultiheadAttention.forward; the weights are computed beside the output, where they are asked for."""
+        """As nn.MultiheadAttention.forward; weights that are asked for are computed once and mix the values too."""
         batched = query.dim() == 3
         if not batched:
             query, key, value = query.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0)
@@ -96,10 +96,17 @@ class Attention(nn.Module):
             query, key, value = query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1)
         q, k, v = self._heads(self.q_proj(query)), self._heads(self.k_proj(key)), self._heads(self.v_proj(value))
         mask = self._mask(key_padding_mask, attn_mask, q)
-        scores = _softmax(q, k, mask)
-        mixed = F.scaled_dot_product_attention(q, k, v, mask) if self.dropout is None else self.dropout(scores) @ v
+        weights = None
+        if need_weights or self.dropout is not None:
+            scores = _softmax(q, k, mask)
+            if self.dropout is not None:
+                scores = self.dropout(scores)
+            mixed = scores @ v
+            if need_weights:
+                weights = scores.mean(1) if average_attn_weights else scores
+        else:
+            mixed = F.scaled_dot_product_attention(q, k, v, mask)
         output = self.out_proj(mixed.transpose(1, 2).flatten(2))
-        weights = (scores.mean(1) if average_attn_weights else scores) if need_weights else None
         if not batched:
             return output.squeeze(0), None if weights is None else weights.squeeze(0)
         return output if self.batch_first else output.transpose(0, 1), weights

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tdfx.contained import plain_attention
+from tdfx.passes.count import counting
 from tdfx.passes.unpack_attention import Attention, unpack_attention
 
 HEADS, WIDTH, QUERIES, KEYS, BATCH = 2, 8, 4, 5, 3
@@ -91,9 +92,12 @@ def test_it_computes_what_the_packed_module_does_for_every_layout(
     given = inputs(module, batched)
     for average in (True, False):
         chosen = {"need_weights": need_weights, "average_attn_weights": average}
-        found, weights = unpacked(module)(*given, **chosen)
-        same((found, weights), module(*given, **chosen))
+        with counting() as work:
+            found, weights = unpacked(module)(*given, **chosen)
+        with counting() as wanted:
+            same((found, weights), module(*given, **chosen))
         assert (weights is not None) == need_weights
+        assert sum(part.macs for part in work) == sum(part.macs for part in wanted)
 
 
 @pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask:UserWarning")
@@ -228,10 +232,10 @@ def test_trainable_keeps_the_dropout_of_weights() -> None:
     assert dropout.p == 0.5
     same(found(*given), module(*given))
     torch.manual_seed(0)
-    output = found.train()(*given)[0]
+    output = found.train()(*given)
     torch.manual_seed(0)
-    same(output, module.train()(*given)[0])
-    assert not torch.allclose(output, module.eval()(*given)[0])
+    same(output, module.train()(*given))
+    assert not torch.allclose(output[0], module.eval()(*given)[0])
 
 
 @pytest.mark.parametrize(("dropout", "trainable"), [(0.5, False), (0.0, True)])
