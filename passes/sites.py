@@ -114,6 +114,8 @@ def _obstacle(graph_module: fx.GraphModule, name: str, shapes: Shapes) -> str | 
         return "recurrent layers are compressed in graphs; the model was captured in place"
     if is_recurrent(module):
         return obstacle(graph_module, name, shapes)
+    if isinstance(module, nn.MultiheadAttention) and (module.bias_k is not None or module.add_zero_attn):
+        return "attention with add_bias_kv or add_zero_attn is not compressed; without these two it is"
     if not has_stock_forward(module) and isinstance(module, tuple(KINDS)):
         return f"{type(module).__name__} has a forward of its own; use torch's layer there"
     if not has_stock_forward(module):

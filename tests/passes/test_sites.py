@@ -202,7 +202,11 @@ UNSUPPORTED: dict[str, tuple[Callable[[], nn.Module], Tensor, str]] = {
     ),
     "max_norm": (lambda: only(nn.Embedding(5, 3, max_norm=1.0)), TOKENS, "it rescales its rows to max_norm"),
     "max": (lambda: only(nn.EmbeddingBag(5, 3, mode="max")), TOKENS, "a bag's maximum is not linear in its rows"),
-    "attention": (attention, X, "MultiheadAttention layers are not compressed"),
+    "attention": (
+        attention,
+        X,
+        "attention with add_bias_kv or add_zero_attn is not compressed; without these two it is",
+    ),
     "transposed of its own": (lambda: only(OwnPadding(4, 3, 3)), X, "OwnPadding has a forward of its own"),
     "transposed to a size": (
         lambda: Apply(lambda layer, x: layer(x, output_size=(13,)), nn.ConvTranspose1d(4, 3, 3, 2)),
