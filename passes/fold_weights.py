@@ -85,14 +85,25 @@ def _source(graph_module: fx.GraphModule, weight: fx.Node, values: dict[fx.Node,
 def _before(node: fx.Node) -> dict[fx.Node, None]:
     """Everything that a node depends on."""
     found: dict[fx.Node, None] = {}
-    for value in node.all_input_nodes:
-        found |= {value: None, **_before(value)}
+    left = [node]
+    while left:
+        new = [value for value in left.pop().all_input_nodes if value not in found]
+        found |= dict.fromkeys(new)
+        left += new
     return found
 
 
 def _leads_to(node: fx.Node, end: fx.Node) -> bool:
     """Whether whatever is made from a node goes through another one."""
-    return node is end or (bool(node.users) and all(_leads_to(user, end) for user in node.users))
+    seen, left = {node, end}, [node]
+    while left:
+        users = left.pop().users
+        if not users:
+            return False
+        new = users.keys() - seen
+        seen |= new
+        left += new
+    return True
 
 
 def _fold(graph_module: fx.GraphModule, weight: fx.Node, source: fx.Node, values: dict[fx.Node, Tensor]) -> None:

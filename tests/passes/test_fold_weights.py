@@ -50,7 +50,15 @@ def of_two(model: Computed) -> Tensor:
     return model.conv.weight + model.conv.weight.flip(0)
 
 
-@pytest.mark.parametrize("weight", [standardized, batch_normalized, read_twice, of_two])
+def in_many_steps(model: Computed) -> Tensor:
+    """Each reads the one before it twice, so that there are 2**40 ways from the parameter to the weight."""
+    weight: Tensor = model.conv.weight
+    for _ in range(40):
+        weight = weight - weight.mean() / 2
+    return weight
+
+
+@pytest.mark.parametrize("weight", [standardized, batch_normalized, read_twice, of_two, in_many_steps])
 def test_a_computed_weight_is_a_layer_s(weight: Weight) -> None:
     model = Computed(weight).eval()
     captured = capture(model, X)
