@@ -100,7 +100,31 @@ class AlsoRead(Computed):
         return super().forward(x) + self.conv.weight.mean()
 
 
-@pytest.mark.parametrize("model", [Computed(noisy), AlsoRead(shifted)], ids=["random", "read elsewhere"])
+def grown_in_place(model: Computed) -> Tensor:
+    return model.conv.weight.detach().mul_(1.1)
+
+
+class OfTwoLayers(Computed):
+    """A weight made of two parameters of its shape."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda model: model.conv.weight * model.other.weight)  # type: ignore[operator, union-attr]
+        self.other = nn.Conv2d(16, 16, 3)
+
+
+class OfTheRoot(Computed):
+    """A weight made of a parameter that no layer holds."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda model: model.own * 2)  # type: ignore[operator, return-value]
+        self.own = nn.Parameter(torch.rand(16, 16, 3, 3))
+
+
+@pytest.mark.parametrize(
+    "model",
+    [Computed(noisy), AlsoRead(shifted), Computed(grown_in_place), OfTwoLayers(), OfTheRoot()],
+    ids=["random", "read elsewhere", "changed", "of two layers", "of the root"],
+)
 def test_what_is_no_constant_or_read_elsewhere_stays(model: nn.Module) -> None:
     graph_module = fx.symbolic_trace(model.eval())
     folded = FoldWeights().run(graph_module)
