@@ -19,6 +19,16 @@ CONSTANTS = (int, float, bool, str, type(None))
 EXPECTED = "a tensor, a number, a string, None, or a tuple, list or dictionary of these"
 
 
+def as_call(example_inputs: object, example_kwargs: object) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments of a call; None for the former where there are the latter alone.
+
+    Raises:
+        InputError: as ``as_args`` and ``as_kwargs`` do.
+    """
+    kwargs = as_kwargs(example_kwargs)
+    return as_args(() if example_inputs is None and kwargs else example_inputs), kwargs
+
+
 def as_args(example_inputs: object) -> tuple[Any, ...]:
     """A tensor, or a sequence of arguments, as a tuple of positional arguments.
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from tdfx.errors import InputError
-from tdfx.inputs import as_args, as_kwargs
+from tdfx.inputs import as_call
 from tdfx.pt2 import load_program
 from tdfx.records.inputs import InputSpec
 
@@ -74,7 +74,7 @@ def program_inputs(program: ExportedProgram) -> tuple[tuple[Tensor, ...], dict[s
     if program.example_inputs is None:
         raise InputError("the exported program holds no example inputs; give inputs of the shapes that it takes")
     args, kwargs = program.example_inputs
-    return as_args(args), as_kwargs(kwargs)
+    return as_call(args, kwargs)
 
 
 def load_model(name: str) -> nn.Module:

@@ -24,7 +24,7 @@ from tdfx.dynamic import BATCH, Axes, Dynamic, check_dynamic, free_axes, other_s
 from tdfx.errors import ExportError, InputError, OptionError
 from tdfx.evaluation import Evaluate
 from tdfx.files import replacing
-from tdfx.inputs import Inputs, as_args, as_kwargs, opened
+from tdfx.inputs import Inputs, as_call, opened
 from tdfx.parity import OutputParity, compare, session_options
 from tdfx.quantization import FloatFile, Quantization, check_quantize, folder_bytes, quantized
 from tdfx.signature import Signature, with_flat_call, with_output
@@ -69,7 +69,7 @@ class ExportReport:
 def export_onnx(
     module: nn.Module,
     path: str | os.PathLike[str],
-    example_inputs: Inputs,
+    example_inputs: Inputs | None,
     example_kwargs: Mapping[str, Any] | None = None,
     *,
     dynamic: Dynamic = BATCH,
@@ -97,7 +97,8 @@ def export_onnx(
     Args:
         module: the network.
         path: the ONNX file to write; missing folders are made.
-        example_inputs: a tensor, or a tuple of arguments: tensors, each (batch, ...), containers of them, constants.
+        example_inputs: a tensor, or a tuple of arguments: tensors, each (batch, ...), containers of them, constants;
+            None where there are keyword arguments alone.
         example_kwargs: arguments that ``forward`` takes by keyword, likewise.
         dynamic: "batch" names dimension 0 of every input "batch" and leaves its size open; a mapping names other
             dimensions besides, as ``{"input_ids": {1: "sequence"}}``, with None for one that is fixed; None fixes all
@@ -222,7 +223,7 @@ def _eval_copy(module: nn.Module) -> nn.Module:
 
 def _bind(network: nn.Module, example_inputs: object, example_kwargs: object) -> tuple[Signature, dict[str, Tensor]]:
     """The call, and its tensors by name in forward's order."""
-    args, kwargs = as_args(example_inputs), as_kwargs(example_kwargs)
+    args, kwargs = as_call(example_inputs, example_kwargs)
     try:
         bound = inspect.signature(network.forward).bind(*args, **kwargs)
     except TypeError as error:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from tdfx.errors import InputError
-from tdfx.inputs import as_args, as_kwargs, run
+from tdfx.inputs import as_args, as_call, as_kwargs, run
 
 X = torch.arange(3.0)
 
@@ -94,3 +94,10 @@ def test_runs_are_alike_and_leave_random_numbers_alone() -> None:
         runs.append(run(Greedy(), (X,), {"y": X}))
         assert torch.equal(torch.random.get_rng_state(), before)
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_keyword_arguments_alone_are_a_call() -> None:
+    x = torch.ones(2)
+    assert as_call(None, {"x": x}) == ((), {"x": x})
+    with pytest.raises(InputError, match="example_inputs is a NoneType"):
+        as_call(None, {})

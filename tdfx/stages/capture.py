@@ -18,7 +18,7 @@ from tdfx.contained import plain_attention
 from tdfx.dynamic import BATCH, Dynamic, check_dynamic
 from tdfx.errors import CaptureError, InputError, OptionError
 from tdfx.fingerprint import structure_fingerprint, weights_fingerprint
-from tdfx.inputs import Inputs, as_args, as_kwargs, outcome, tensors
+from tdfx.inputs import Inputs, as_call, outcome, tensors
 from tdfx.model_check import check_devices, check_values
 from tdfx.passes.capture import has_hooks, has_stock_forward, isolate
 from tdfx.passes.capture_in_place import kept_batch_norms, not_called
@@ -104,7 +104,7 @@ def capture(
         example_inputs, example_kwargs = program.example_inputs or (None, None)
     if program is not None and isinstance(dynamic, Mapping):
         raise OptionError(f"dynamic is {dynamic!r}; an exported program has its own free sizes: export it with these")
-    given = as_args(() if example_inputs is None and example_kwargs else example_inputs), as_kwargs(example_kwargs)
+    given = as_call(example_inputs, example_kwargs)
     original, notes = _isolated(model)
     check_values(original)
     structure, weights = structure_fingerprint(original), weights_fingerprint(original)
