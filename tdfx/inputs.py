@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from tdfx.errors import InputError
 from tdfx.passes.in_place import InPlace
 from tdfx.passes.opaque import taken_apart
+from tdfx.signature import named_leaves
 
 Inputs = Tensor | Sequence[Any]
 CONSTANTS = (int, float, bool, str, type(None))
@@ -90,14 +91,30 @@ def tensors(value: Any) -> Iterator[Tensor]:
 
 def opened(value: Any) -> Iterator[Any]:
     """All that is in containers and dataclasses, such as torch does not know among them; of objects, the tensors."""
-    for leaf in pytree.tree_leaves(value):
-        inner = entries(leaf)
-        if inner is not None:
-            yield from opened([*inner.values()])
-        elif (parts := taken_apart(leaf)) is not None:
-            yield from parts[1]
-        else:
-            yield leaf
+    yield from pytree.tree_leaves(_plain(value))
+
+
+def named_outputs(value: Any) -> dict[str, Any]:
+    """As ``opened``, by names: keys and fields, "output" for what has none, with its place in a tuple or list."""
+    plain = _plain(value)
+    if isinstance(plain, dict):
+        plain = {f"output_{key}" if str(key).isdecimal() else key: inner for key, inner in plain.items()}
+    return named_leaves(plain if isinstance(plain, dict) else {"output": plain})
+
+
+def _plain(value: Any) -> Any:
+    """The same leaves in lists and dictionaries alone."""
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        value = dict(zip(value._fields, value, strict=True))
+    inner = entries(value)
+    if inner is not None:
+        return {key: _plain(part) for key, part in inner.items()}
+    if isinstance(value, Tensor):
+        return value
+    leaves = list(value) if isinstance(value, tuple | list) else pytree.tree_leaves(value)
+    if len(leaves) != 1 or leaves[0] is not value:
+        return [_plain(leaf) for leaf in leaves]
+    return parts[1] if (parts := taken_apart(value)) is not None else value
 
 
 def entries(value: Any) -> dict[str, Any] | None:

@@ -6,10 +6,11 @@ import copy
 import inspect
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -24,7 +25,7 @@ from tdfx.dynamic import BATCH, Axes, Dynamic, check_dynamic, free_axes, other_s
 from tdfx.errors import ExportError, InputError, OptionError
 from tdfx.evaluation import Evaluate
 from tdfx.files import replacing
-from tdfx.inputs import Inputs, as_call, opened
+from tdfx.inputs import Inputs, as_call, named_outputs
 from tdfx.parity import OutputParity, compare, session_options
 from tdfx.quantization import FloatFile, Quantization, check_quantize, folder_bytes, quantized
 from tdfx.signature import Signature, with_flat_call, with_output
@@ -86,7 +87,8 @@ def export_onnx(
     The network is exported in eval mode (the caller's module keeps its modes), checked by ``onnx.checker`` and run
     by ONNX Runtime on the CPU at the example's sizes and, where some are dynamic, at others of these. Only then does
     the file get its name; on any error an older file stays as it was. The file holds no source paths. Its inputs are
-    called as forward's arguments, tensors in containers by their keys; its outputs are all tensors among the network's.
+    called as forward's arguments, tensors in containers by their keys. Its outputs are all tensors among the network's,
+    called by their keys or fields ("logits", "past_key_values_0"), else "output", or "output_0" and on in a tuple.
 
     With ``quantize="int8"`` the float32 file passes all that in a temporary place, and the file is made from it by
     onnxruntime.quantization: weights in int8 by output channel, activations in uint8. Given calibration data, tensors
@@ -151,12 +153,15 @@ def export_onnx(
         else "ask for another opset or write that operation differently"
     )
     sizes_run = [batch, other.get(BATCH, batch)]
-    wanted = [_outputs(network, values, size, batch) for values, size in zip(tried, sizes_run, strict=False)]
+    found = [_outputs(network, values, size, batch) for values, size in zip(tried, sizes_run, strict=False)]
+    wanted = [list(outputs.values()) for outputs in found]
+    names = _apart([*found[0]], inputs)
     with replacing(path) as final, ExitStack() as temporary:
         # Everything in the final file's folder gets a name; the float32 file of an int8 one must not.
         folder = temporary.enter_context(TemporaryDirectory()) if quantize is not None else final.parent
         staged = Path(folder) / (final if float32 is None else Path(os.fsdecode(float32))).name
         program = _export(network, resized(axes, inputs, traced), axes, opset)
+        _rename(program, [*inputs], names)
         external = _save(program, staged)
         del program
         with failing_as("onnx.checker refuses the exported file", hint):
@@ -235,11 +240,11 @@ def _bind(network: nn.Module, example_inputs: object, example_kwargs: object) ->
 def _with_tensors_alone(network: nn.Module, signature: Signature) -> nn.Module:
     """The network as what takes tensors, under the names of its inputs, and returns them."""
 
-    def flattened(outputs: object) -> list[Tensor]:
-        leaves = [leaf for leaf in opened(outputs) if leaf is not None]  # None: the exporter drops it
-        for index, leaf in enumerate(leaves):
+    def flattened(outputs: object) -> dict[str, Tensor]:
+        leaves = {name: leaf for name, leaf in named_outputs(outputs).items() if leaf is not None}  # dropped in export
+        for name, leaf in leaves.items():
             if not isinstance(leaf, Tensor):
-                raise ExportError(f"output {index} of the network has type {type(leaf).__name__}; return tensors only")
+                raise ExportError(f"output {name!r} of the network has type {type(leaf).__name__}; return tensors only")
         if not leaves:
             raise ExportError("the network returns no tensor; an ONNX file needs at least one output")
         return leaves
@@ -265,14 +270,14 @@ def _axes(dynamic: Dynamic, inputs: Mapping[str, Tensor]) -> Axes:
 def _run(network: nn.Module, tensors: Sequence[Tensor]) -> list[Tensor]:
     """The network's outputs on tensors in the order of its inputs."""
     size = next((value.shape[0] for value in tensors if value.dim()), 1)
-    return _outputs(network, dict(enumerate(tensors)), size, size)
+    return list(_outputs(network, dict(enumerate(tensors)), size, size).values())
 
 
-def _outputs(network: nn.Module, inputs: Mapping[Any, Tensor], size: int, batch: int) -> list[Tensor]:
-    """The network's outputs, which it may write into its inputs to compute."""
+def _outputs(network: nn.Module, inputs: Mapping[Any, Tensor], size: int, batch: int) -> dict[str, Tensor]:
+    """The network's outputs by name, which it may write into its inputs to compute."""
     try:
         with torch.no_grad(), plain_attention(), quiet():
-            found: list[Tensor] = network(*(value.clone() for value in inputs.values()))
+            found: dict[str, Tensor] = network(*(value.clone() for value in inputs.values()))
     except ExportError:
         raise
     except Exception as error:
@@ -302,6 +307,34 @@ def _export(network: nn.Module, inputs: Mapping[str, Tensor], axes: Axes, opset:
         )
     assert program is not None  # only the older exporter gives None
     return program
+
+
+def _apart(names: Sequence[str], taken: Collection[str]) -> list[str]:
+    """Names of outputs, changed where an input has the same."""
+    found: list[str] = []
+    for name in names:
+        while name in taken or name in found:
+            name = f"output_{name}"
+        found.append(name)
+    return found
+
+
+def _rename(program: torch.onnx.ONNXProgram, inputs: Sequence[str], outputs: Sequence[str]) -> None:
+    """Names the inputs and outputs; what else has one of these names takes another."""
+    graph = program.model.graph
+    wanted = [*zip(graph.inputs, inputs, strict=True), *zip(graph.outputs, outputs, strict=False)]
+    values = [
+        *graph.inputs,
+        *graph.initializers.values(),
+        *(value for node in graph.all_nodes() for value in node.outputs),
+    ]
+    taken = {*inputs, *outputs}
+    for value in values:
+        if value.name in taken:
+            value.name = next(name for i in count(1) if (name := f"{value.name}_inner_{i}") not in taken)
+            taken.add(value.name)
+    for value, name in wanted:
+        value.name = name
 
 
 def _save(program: torch.onnx.ONNXProgram, path: Path) -> bool:

@@ -7,7 +7,7 @@ import logging
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from tdfx import contained, onnx_export, parity
 from tdfx.errors import ExportError, InputError, OptionError, VerificationError
+from tdfx.inputs import named_outputs
 from tdfx.onnx_export import ExportReport, export_onnx
 
 
@@ -34,6 +35,11 @@ class Net(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         logits = self.head(self.drop(self.bn(self.conv(x)).relu().mean((2, 3))))
         return logits, logits.argmax(1)
+
+
+class Both(NamedTuple):
+    mean: Tensor
+    rest: Any
 
 
 class Calls(nn.Module):
@@ -108,7 +114,8 @@ def test_the_report_says_what_was_written(exported: tuple[Net, Path, ExportRepor
     assert (report.path, report.batch_sizes, report.rtol) == (str(path), (2, 3), 1e-4)
     assert [report.opset] == [entry.version for entry in model.opset_import if entry.domain == ""] == [20]
     assert (report.file_bytes, report.external_data) == (path.stat().st_size, False)
-    assert [output.name for output in report.outputs] == [value.name for value in model.graph.output]
+    named = [output.name for output in report.outputs]
+    assert named == [value.name for value in model.graph.output] == ["output_0", "output_1"]
     assert report.max_abs_diff == max(output.max_abs_diff for output in report.outputs)
     assert report.max_rel_diff == max(output.max_rel_diff for output in report.outputs) < 1e-5
 
@@ -168,7 +175,7 @@ def test_several_inputs_keywords_and_nested_outputs(tmp_path: Path) -> None:
 
     net, x = Two(), torch.randn(2, 4)
     report = export_onnx(net, tmp_path / "m.onnx", (x, x), {"scale": torch.tensor(3.0)})  # x twice, and a scalar
-    assert len(report.outputs) == 3
+    assert [output.name for output in report.outputs] == ["sum", "parts_0", "parts_1_0"]
     x, y, scale = torch.randn(5, 4), torch.randn(5, 4), torch.tensor(0.5)
     wanted = net(x, y, scale=scale)
     found = run(tmp_path / "m.onnx", x, y, scale)
@@ -282,7 +289,7 @@ def test_the_older_file_is_replaced(target: Path) -> None:
 
 
 def test_another_network_in_the_file_is_refused(target: Path) -> None:
-    with pytest.raises(VerificationError, match=r"output 'linear', \(2, 20\), differs") as caught:
+    with pytest.raises(VerificationError, match=r"output 'output_0', \(2, 20\), differs") as caught:
         export_onnx(scaled(1.01), target, images())
     assert caught.value.max_rel_diff == pytest.approx(0.01 / 1.01, rel=1e-3)
     assert caught.value.max_abs_diff > 0
@@ -317,11 +324,11 @@ def alter(monkeypatch: pytest.MonkeyPatch, change: Any, batch: int | None = None
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda logits, best: (logits + 0.1, best), "'linear'.* differs"),
-        (lambda logits, best: (logits, (best + 1) % 20), "'argmax'.* differs"),
-        (lambda logits, best: (logits * np.nan, best), "'linear' holds NaN or Inf in ONNX Runtime"),
-        (lambda logits, best: (logits[:, :1], best), r"'linear' is torch.float32 \(\d, 1\) in ONNX Runtime"),
-        (lambda logits, best: (logits.astype(np.float64), best), "'linear' is torch.float64"),
+        (lambda logits, best: (logits + 0.1, best), "'output_0'.* differs"),
+        (lambda logits, best: (logits, (best + 1) % 20), "'output_1'.* differs"),
+        (lambda logits, best: (logits * np.nan, best), "'output_0' holds NaN or Inf in ONNX Runtime"),
+        (lambda logits, best: (logits[:, :1], best), r"'output_0' is torch.float32 \(\d, 1\) in ONNX Runtime"),
+        (lambda logits, best: (logits.astype(np.float64), best), "'output_0' is torch.float64"),
     ],
 )
 def test_other_outputs_are_refused(
@@ -364,6 +371,32 @@ def test_a_missing_output_is_refused(target: Path) -> None:
     with pytest.raises(VerificationError, match="has 2 outputs, the network 3"):
         export_onnx(net, target, images())
     assert_untouched(target)
+
+
+def test_outputs_are_called_by_their_keys_or_places() -> None:
+    x = torch.ones(1)
+    for outputs, wanted in (
+        (x, ["output"]),
+        ([x, (x,)], ["output_0", "output_1_0"]),
+        (Both(x, (x, [x])), ["mean", "rest_0", "rest_1_0"]),
+        ({"0": x, "a.b": x, "c": [{"d": x}]}, ["output_0", "a_b", "d"]),
+    ):
+        assert [*named_outputs(outputs)] == wanted
+
+
+def test_names_of_outputs_are_of_nothing_else(tmp_path: Path) -> None:
+    def forward(layer: nn.Linear, x: Tensor) -> dict[str, Tensor]:
+        y = layer(x)
+        return {"linear": y + 1, "x": x, "again": x, "val_0": y, "weight": layer.weight, "layer_weight": y * 2}
+
+    net, x = Calls(forward), torch.randn(3, 4)
+    report = export_onnx(net, tmp_path / "m.onnx", torch.randn(2, 4))
+    graph = onnx.load(tmp_path / "m.onnx").graph
+    names = ["linear", "output_x", "again", "val_0", "weight", "layer_weight"]
+    assert [value.name for value in (*graph.input, *graph.output)] == ["x", *names]
+    assert [output.name for output in report.outputs] == names
+    for want, found in zip(net(x).values(), run(tmp_path / "m.onnx", x), strict=True):
+        np.testing.assert_allclose(found, want.detach().numpy(), rtol=1e-5, atol=1e-6)
 
 
 def test_another_opset_than_asked_for_is_refused(target: Path) -> None:
@@ -468,7 +501,9 @@ def test_a_network_for_one_batch_size_is_refused(tmp_path: Path) -> None:
         export_onnx(net, tmp_path / "m.onnx", torch.randn(2, 4))
 
 
-@pytest.mark.parametrize(("output", "words"), [(3, "output 1 .* int"), (None, None), ("none", "returns no tensor")])
+@pytest.mark.parametrize(
+    ("output", "words"), [(3, "output 'output_1' .* int"), (None, None), ("none", "returns no tensor")]
+)
 def test_outputs_must_be_tensors(tmp_path: Path, output: Any, words: str | None) -> None:
     net = Calls(lambda layer, x: None if output == "none" else (layer(x), output))
     if words is None:  # the exporter leaves None out
