@@ -169,6 +169,7 @@ def carry_out(
     factorized = Factorize(replacements).run(dense)
     if isinstance(factors, Mapping):
         _load(factorized, unpacked_state(factorized, factors))
+        _take_buffers(dense, factorized)
     compressed = PackRecurrent().run(factorized) if is_unpacked else factorized
     candidates = [
         _carried_out(captured, sites[name], candidate, solved.get(name), scoring, target, given=factors is not None)
@@ -403,3 +404,11 @@ def _check_cost(planned: Cost, counted: Cost, captured: Capture) -> tuple[str, .
         if wanted != found:
             raise VerificationError(f"the result has {found} {name}, the plan says {wanted}; report the model")
     return ()
+
+
+def _take_buffers(dense: nn.Module, loaded: nn.Module) -> None:
+    """Parameters are shared already, in place on a copy of the model the buffers are not."""
+    found = dict(loaded.named_buffers())
+    for name, buffer in dense.named_buffers():
+        if name in found:
+            buffer.copy_(found[name])

@@ -253,6 +253,17 @@ def test_tuning_trains_the_model_itself(trainable: bool) -> None:
     assert "divergence" in tuned.report.notes[-1]
 
 
+def test_what_was_trained_loads_into_the_model(tmp_path: Path) -> None:
+    model, first, _, result = compressed("loop", trainable=True)
+    result.module.train()(3 * first + 1)  # statistics are buffers
+    with torch.no_grad():
+        for parameter in result.module.parameters():
+            parameter.mul_(1.1)
+    tdfx.save(result, tmp_path)
+    loaded = tdfx.load(tmp_path, model)
+    same(run(loaded.module.eval(), (first,), {}), run(result.module.eval(), (first,), {}))
+
+
 def test_a_result_trains_as_the_model_does() -> None:
     _, first, _, result = compressed("loop", "flops=100%", trainable=True, include="fc")
     module = result.module.train()
