@@ -33,6 +33,8 @@ IN_PLACE = (operator.iadd, operator.isub, operator.imul, operator.itruediv, oper
 ELEMENTWISE = (
     F.relu, F.relu6, F.hardtanh, F.leaky_relu, F.elu, F.selu, F.celu, F.gelu, F.silu, F.mish, F.softplus, F.hardswish,
     F.hardsigmoid, F.sigmoid, F.tanh, torch.relu, torch.sigmoid, torch.tanh, "relu", "relu_", "sigmoid", "tanh",
+    "hardtanh", "hardtanh_", "leaky_relu", "leaky_relu_", "elu", "elu_", "selu", "celu", "gelu", "silu", "silu_",
+    "mish", "softplus", "hardswish", "hardswish_", "hardsigmoid",
 )  # fmt: skip
 ELEMENTWISE_MODULES = (
     nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Softplus,
@@ -44,6 +46,8 @@ AVERAGES: dict[object, int] = {
     nn.AdaptiveAvgPool1d: 1, nn.AdaptiveAvgPool2d: 2, nn.AdaptiveAvgPool3d: 3,
     F.adaptive_avg_pool1d: 1, F.adaptive_avg_pool2d: 2, F.adaptive_avg_pool3d: 3,
     nn.AvgPool1d: 1, nn.AvgPool2d: 2, nn.AvgPool3d: 3, F.avg_pool1d: 1, F.avg_pool2d: 2, F.avg_pool3d: 3,
+    "adaptive_avg_pool1d": 1, "adaptive_avg_pool2d": 2, "adaptive_avg_pool3d": 3,
+    "avg_pool1d": 1, "avg_pool2d": 2, "avg_pool3d": 3,
 }  # fmt: skip
 """Over how many dimensions, the last ones, an operator averages."""
 POOL_OPTIONS = (
@@ -118,10 +122,11 @@ class InputMeans(AnalysisPass[dict[str, Tensor]]):
             return Normal(values[0].mean, None)
         if module is not None:
             return _through_module(module, values[0])
-        if node.target in ADDITIONS and len(values) == 2 and "alpha" not in node.kwargs:
+        target = _operator(node)
+        if target in ADDITIONS and len(values) == 2 and "alpha" not in node.kwargs:
             same = self._shape_before(node) == self.metas[node.all_input_nodes[1].name].shape
             return _sum(*values) if same else None
-        if len(values) == 1 and node.target in ELEMENTWISE:
+        if len(values) == 1 and target in ELEMENTWISE:
             return _through(values[0], lambda x: _call(node, x))
         return None
 
@@ -131,11 +136,12 @@ class InputMeans(AnalysisPass[dict[str, Tensor]]):
     def _averages(self, node: fx.Node, module: nn.Module | None) -> bool:
         """Whether the node is a mean over positions, all or some, and over nothing beside them."""
         dims = len(self._shape_before(node))
-        if module is None and node.target in (torch.mean, "mean"):
+        target = _operator(node)
+        if module is None and target in (torch.mean, "mean"):
             over = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else ())
             over = over if isinstance(over, tuple | list) else (over,)
             return bool(over) and all(isinstance(dim, int) and dim % dims > 1 for dim in over)
-        if AVERAGES.get(node.target if module is None else type(module)) != dims - 2:
+        if AVERAGES.get(target if module is None else type(module)) != dims - 2:
             return False
         given = dict(zip(POOL_OPTIONS, node.args, strict=False))
         options: dict[str, Any] = {**given, **node.kwargs} if module is None else vars(module)
@@ -146,16 +152,22 @@ class InputMeans(AnalysisPass[dict[str, Tensor]]):
 
     def _flattens(self, node: fx.Node, module: nn.Module | None) -> bool:
         """Whether the node makes (samples, channels * positions) of (samples, channels, *positions)."""
-        if not isinstance(module, nn.Flatten) and (module is not None or node.target not in RESHAPES):
+        if not isinstance(module, nn.Flatten) and (module is not None or _operator(node) not in RESHAPES):
             return False
         shape = self._shape_before(node)
         return self.metas[node.name].shape == (shape[0], math.prod(shape[1:]))
 
 
+def _operator(node: fx.Node) -> Any:
+    """What a node calls; for an operator of torch.export its name, which that of the method is too."""
+    return node.target.overloadpacket.__name__ if isinstance(node.target, torch._ops.OpOverload) else node.target
+
+
 def _changed_in_place(graph_module: fx.GraphModule, node: fx.Node) -> list[str]:
     """Name of the node whose value the operation overwrites with its own, if any."""
     module = graph_module.get_submodule(str(node.target)) if node.op == "call_module" else None
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    target = _operator(node)
+    name = target if isinstance(target, str) else getattr(target, "__name__", "")
     ends = node.op in ("call_method", "call_function") and name.endswith("_") and not name.endswith("__")
     in_place = getattr(module, "inplace", False) or node.kwargs.get("inplace", False) or node.target in IN_PLACE or ends
     return [node.all_input_nodes[0].name] if in_place and node.all_input_nodes else []

@@ -19,8 +19,8 @@ from tdfx.stages.capture import capture
 X = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
 
 
-def means(model: nn.Module, *, trainable: bool = False, x: Tensor = X) -> dict[str, Tensor]:
-    module = capture(model, x, trainable=trainable).module
+def means(model: nn.Module, *, trainable: bool = False, x: Tensor = X, tier: str = "auto") -> dict[str, Tensor]:
+    module = capture(model, x, trainable=trainable, capture=tier).module
     metas = ShapeProp((x,)).run(module)
     return InputMeans(FindSites(metas).run(module)[0], metas).run(module)
 
@@ -152,12 +152,23 @@ class InPlace(nn.Module):
         return z
 
 
-def test_values_overwritten_in_place_are_followed() -> None:
+@pytest.mark.parametrize("tier", ["fx", "export"])
+def test_values_overwritten_in_place_are_followed(tier: str) -> None:
+    wanted = means(InPlace(lambda y: None), trainable=True)["after"]
     for change in (F.relu_, lambda y: F.relu(y, inplace=True), torch.relu_):
-        found = means(InPlace(change), trainable=True).get("after")
-        wanted = means(InPlace(lambda y: None), trainable=True)["after"]
+        found = means(InPlace(change), trainable=True, tier=tier).get("after")
         assert found is None or float((found - wanted).norm()) > 0.1 * float(wanted.norm())
-    assert "after" not in means(InPlace(lambda y: y.mul_(3.0)), trainable=True)
+    assert "after" not in means(InPlace(lambda y: y.mul_(3.0)), trainable=True, tier=tier)
+
+
+def test_operators_of_torch_export_are_followed_as_functions_are() -> None:
+    parts = (nn.GELU(), lambda x: F.avg_pool2d(F.hardswish(x), 3, 1))
+    nets: list[nn.Module] = [Net(between).eval() for between in parts]
+    nets += [Drawn(2, FLATTENED[name], nn.Linear(100, 2)).eval() for name in ("view", "average")]
+    for net in (*nets, Residual().eval()):
+        traced, exported = (means(net, trainable=True, tier=tier) for tier in ("fx", "export"))
+        assert traced
+        torch.testing.assert_close(exported, traced)
 
 
 class Drawn(nn.Module):
