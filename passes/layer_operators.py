@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -49,6 +50,9 @@ def arguments(node: fx.Node) -> dict[str, Any] | None:
         return None
     schema = target._schema.arguments
     defaults = {argument.name: argument.default_value for argument in schema}
+    if node.target is F.embedding:  # takes them in another order, with None for what is not asked for
+        found = inspect.signature(F.embedding).bind(*node.args, **node.kwargs).arguments
+        return {**defaults, "padding_idx": None, **found, "indices": found["input"]}
     positional = dict(zip([argument.name for argument in schema], node.args, strict=False))
     return {**defaults, **positional, **node.kwargs}
 
@@ -136,9 +140,10 @@ def _conv_transpose(graph_module: fx.GraphModule, given: dict[str, Any]) -> Laye
 
 def _embedding(graph_module: fx.GraphModule, given: dict[str, Any]) -> LayerCall | None:
     weight = parameter_read(graph_module, given["weight"])
-    if weight is None:
+    if weight is None or given.get("max_norm") is not None:
         return None
-    padding = None if given["padding_idx"] < 0 else given["padding_idx"]
+    is_function = "input" in given  # for which a negative index counts from the end
+    padding = given["padding_idx"] if is_function or given["padding_idx"] >= 0 else None
     layer = nn.Embedding(weight.shape[0], weight.shape[1], padding, device="meta")
     layer.scale_grad_by_freq, layer.sparse = given["scale_grad_by_freq"], given["sparse"]
     return LayerCall(str(given["weight"].target), _holding(layer, weight, None), (given["indices"],))
@@ -196,6 +201,7 @@ _SYNONYMS: dict[Any, Any] = {
     F.conv_transpose1d: aten.conv_transpose1d.default,
     F.conv_transpose2d: aten.conv_transpose2d.input,
     F.conv_transpose3d: aten.conv_transpose3d.input,
+    F.embedding: aten.embedding.default,
     aten.conv1d.padding: aten.conv1d.default,
     aten.conv2d.padding: aten.conv2d.default,
     aten.conv3d.padding: aten.conv3d.default,
