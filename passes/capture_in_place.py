@@ -13,6 +13,8 @@ from tdfx.passes.shape_prop import ShapeProp, bind
 from tdfx.passes.stand_in import fixed_layers
 from tdfx.records.layer import Skipped
 
+NOT_CALLED = "not called on the example inputs; give inputs on which it is"
+
 
 def capture_in_place(model: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor]) -> InPlace:
     """An isolated model, its parameters shared, as a graph of one node for calls with such inputs."""
@@ -33,7 +35,7 @@ def not_called(module: InPlace, args: tuple[Tensor, ...], kwargs: Mapping[str, T
             reason = f"a parameter of {type(part).__name__}, not of a layer; only weights of layers are compressed"
             found += [Skipped(f"{name}.{key}" if name else key, reason) for key in weights]
         else:
-            found.append(Skipped(name, module.meta[FIXED].get(name) or "not called on the example inputs"))
+            found.append(Skipped(name, module.meta[FIXED].get(name) or NOT_CALLED))
     return tuple(found)
 
 

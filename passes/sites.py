@@ -29,6 +29,7 @@ KINDS: dict[type[nn.Module], Kind] = {
 }
 TIED = (nn.Linear, *LOOKUPS)
 """Layers that may share a weight, as embedding and head of a language model do."""
+TIED_REASON = "a chain for one of them would break the tie; give it a copy of its own"
 DEPTHWISE_KERNEL = 5
 """In two directions: two vectors of 3 have two thirds of the elements of 3 x 3, and take a pass more."""
 
@@ -55,7 +56,7 @@ class FindSites(AnalysisPass[tuple[tuple[Site, ...], tuple[Skipped, ...]]]):
             reason = _obstacle(graph_module, name, self.shapes)
             tied = tuple(other for other in calls if other == name or other in others)
             if reason is None and others and not _is_tie(graph_module, tied, others, self.shapes):
-                reason = f"it shares parameters with {', '.join(others)}; a chain for one of them would break the tie"
+                reason = f"it shares parameters with {', '.join(others)}; {TIED_REASON}"
             if reason is not None:
                 skipped.append(Skipped(name, reason))
             elif tied[0] == name:
@@ -118,6 +119,9 @@ def _obstacle(graph_module: fx.GraphModule, name: str, shapes: Shapes) -> str | 
         return "attention with add_bias_kv or add_zero_attn is not compressed; without these two it is"
     if not has_stock_forward(module) and isinstance(module, tuple(KINDS)):
         return f"{type(module).__name__} has a forward of its own; use torch's layer there"
+    if isinstance(graph_module, InPlace) and {"nf", "nx"} <= vars(module).keys():  # transformers' Conv1D
+        name = type(module).__name__
+        return f"{name} layers are compressed in graphs; the model was captured in place: use nn.Linear there"
     if not has_stock_forward(module):
         return f"{type(module).__name__} layers are not compressed; Linear, convolution and embedding layers are"
     if name in graph_module.meta.get(FIXED, {}):
@@ -129,6 +133,8 @@ def _obstacle(graph_module: fx.GraphModule, name: str, shapes: Shapes) -> str | 
         reason = _obstacle_to_lookup(module)
         if reason is not None:
             return reason
+    elif not isinstance(module, nn.Linear) and module.groups == module.in_channels > 1 and len(module.kernel_size) > 2:
+        return "depthwise convolutions are decomposed in two dimensions only"
     elif not isinstance(module, nn.Linear) and _is_small_depthwise(module):
         size = " x ".join(map(str, module.kernel_size))
         least = f"{DEPTHWISE_KERNEL} x {DEPTHWISE_KERNEL}"

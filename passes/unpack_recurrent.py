@@ -52,7 +52,10 @@ def obstacle(graph_module: fx.GraphModule, name: str, metas: Mapping[str, Tensor
     kind = type(module).__name__
     others = sharers(graph_module, name)
     if others:
-        return f"it shares parameters with {', '.join(others)}; a chain for one of them would break the tie"
+        return (
+            f"it shares parameters with {', '.join(others)}; a chain for one of them would break the tie; give it a "
+            "copy of its own"
+        )
     if module._buffers:
         return f"{' and '.join(module._buffers)} of this {kind} are buffers; expected parameters"
     tensors = list(module.parameters())

@@ -21,7 +21,7 @@ from tdfx.fingerprint import structure_fingerprint, weights_fingerprint
 from tdfx.inputs import Inputs, as_call, outcome, tensors
 from tdfx.model_check import check_devices, check_values
 from tdfx.passes.capture import has_hooks, has_stock_forward, isolate
-from tdfx.passes.capture_in_place import kept_batch_norms, not_called
+from tdfx.passes.capture_in_place import NOT_CALLED, kept_batch_norms, not_called
 from tdfx.passes.count import count
 from tdfx.passes.drop_inactive import DropInactive
 from tdfx.passes.export_trace import operators
@@ -282,7 +282,7 @@ def _unseen(model: nn.Module, traced: fx.GraphModule) -> tuple[Skipped, ...]:
                 Skipped(name, f"{leaf} {inside} reads its weight directly; only layers called as such are seen")
             )
         elif not any(True for child in module.children() if has_weight_matrix(child)):
-            found.append(Skipped(name or type(model).__name__, "not called on the example inputs"))
+            found.append(Skipped(name or type(model).__name__, NOT_CALLED))
     return tuple(found)
 
 

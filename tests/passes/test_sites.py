@@ -200,6 +200,11 @@ UNSUPPORTED: dict[str, tuple[Callable[[], nn.Module], Tensor, str]] = {
         X,
         "a depthwise 7 convolution is cheap already; kernels of 5 x 5 and more are decomposed",
     ),
+    "depthwise 3d": (
+        lambda: only(nn.Conv3d(4, 8, 5, groups=4, padding=2)),
+        torch.randn(1, 4, 3, 3, 3),
+        "depthwise convolutions are decomposed in two dimensions only",
+    ),
     "max_norm": (lambda: only(nn.Embedding(5, 3, max_norm=1.0)), TOKENS, "it rescales its rows to max_norm"),
     "max": (lambda: only(nn.EmbeddingBag(5, 3, mode="max")), TOKENS, "a bag's maximum is not linear in its rows"),
     "attention": (
@@ -266,7 +271,8 @@ def linears(**shared: str) -> tuple[nn.Linear, nn.Linear]:
 def test_layers_that_share_a_bias_are_skipped(tied: tuple[str, ...]) -> None:
     found = skips(Apply(lambda a, b, x: a(b(x)), *linears(**dict.fromkeys(tied, "tied"))), X)
     assert found == {
-        f"layers.{one}": f"it shares parameters with layers.{other}; a chain for one of them would break the tie"
+        f"layers.{one}": f"it shares parameters with layers.{other}; a chain for one of them would break the tie; "
+        "give it a copy of its own"
         for one, other in ((0, 1), (1, 0))
     }
 

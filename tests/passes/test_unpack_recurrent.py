@@ -279,7 +279,7 @@ def test_layers_that_share_parameters_stay() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.second(self.first(x)[0])[0]
 
-    end = "; a chain for one of them would break the tie"
+    end = "; a chain for one of them would break the tie; give it a copy of its own"
     expected = {"first": f"it shares parameters with second{end}", "second": f"it shares parameters with first{end}"}
     assert reason(Tied(), torch.randn(LENGTH, BATCH, HIDDEN)) == expected
 

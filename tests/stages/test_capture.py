@@ -298,7 +298,9 @@ def test_a_layer_with_a_forward_of_its_own_is_seen_if_it_computes_with_its_weigh
 def test_modules_that_are_not_called_are_skipped() -> None:
     model = Apply(lambda used, *rest: used(rest[-1]), nn.Conv2d(3, 4, 3), nn.Linear(3, 4), nn.Sequential(nn.LSTM(3, 4)))
     found = reasons(capture(model, X))
-    assert found == dict.fromkeys(("layers.1", "layers.2.0"), "not called on the example inputs")
+    assert found == dict.fromkeys(
+        ("layers.1", "layers.2.0"), "not called on the example inputs; give inputs on which it is"
+    )
 
 
 def test_layers_inside_torchs_own_blocks_are_seen() -> None:

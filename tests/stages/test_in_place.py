@@ -119,6 +119,21 @@ def test_layers_that_nothing_can_stand_in_for_are_skipped_with_reasons() -> None
     assert reasons["other.self_attn.out_proj"].startswith("forward computes with its bias and weight directly")
 
 
+def test_the_linear_layer_of_transformers_has_a_remedy() -> None:
+    class Conv1D(nn.Module):
+        def __init__(self, nf: int, nx: int) -> None:
+            super().__init__()
+            self.nf, self.nx = nf, nx
+            self.weight, self.bias = nn.Parameter(torch.randn(nx, nf)), nn.Parameter(torch.randn(nf))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.addmm(self.bias, x, self.weight)
+
+    captured = capture(nn.Sequential(Conv1D(8, 6), nn.Linear(8, 3)).eval(), torch.randn(2, 6), capture="inplace")
+    reasons = {entry.layer: entry.reason for entry in planned(captured).skipped}
+    assert reasons["0"].endswith("the model was captured in place: use nn.Linear there")
+
+
 def test_the_report_says_how_much_was_covered() -> None:
     model, first, _ = build_python("readers")
     result = tdfx.apply(model, first, full_rank_plan(capture(model, first)))
@@ -132,7 +147,7 @@ def test_the_report_says_how_much_was_covered() -> None:
 def test_a_layer_of_the_branch_not_taken_is_skipped() -> None:
     model, first, second = build_python("branch")
     (entry,) = capture(model, first).skipped
-    assert (entry.layer, entry.reason) == ("negative", "not called on the example inputs")
+    assert (entry.layer, entry.reason) == ("negative", "not called on the example inputs; give inputs on which it is")
     (entry,) = capture(model, second).skipped
     assert entry.layer == "positive"
 

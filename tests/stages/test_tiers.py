@@ -89,7 +89,7 @@ def test_tied_weights_stay_tied() -> None:
 
 def test_layers_that_are_not_called_are_skipped_with_a_reason() -> None:
     assert {entry.layer: entry.reason for entry in trained("unused").skipped} == {
-        "never": "not called on the example inputs"
+        "never": "not called on the example inputs; give inputs on which it is"
     }
 
 
