@@ -58,7 +58,7 @@ class NetworkGraph:
         lines = [
             f"{self.name}: {len(self.layers)} layers{f' ({known})' if known else ''}, {left} skipped",
             f"{'MACs':18}{count(self.macs)} -> {count(self.macs_after)} ({share(self.macs_after, self.macs)})",
-            f"{'activation bytes':18}{count(self.peak_activation_bytes)} at the peak, nothing compressed",
+            f"{'activation bytes':18}{count(self.peak_activation_bytes)} at the peak, before compression",
         ]
         if path is not None:
             part = share(path.latency_s, path.total_s)
