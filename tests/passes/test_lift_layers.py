@@ -121,7 +121,7 @@ def graph_of(holder: nn.Module, function: Any, args: Args, kwargs: dict[str, Any
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
 @pytest.mark.parametrize(
-    "case", range(len(OPERATORS)), ids=[f"{entry[0]}".partition(" of type")[0] for entry in OPERATORS]
+    "case", range(len(OPERATORS)), ids=[getattr(entry[0], "__name__", str(entry[0])) for entry in OPERATORS]
 )
 def test_an_operator_becomes_the_layer_that_computes_the_same(case: int) -> None:
     function, args, kwargs, shapes, x, kind = OPERATORS[case]
