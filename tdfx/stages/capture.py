@@ -6,7 +6,7 @@ import inspect
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -42,7 +42,6 @@ from tdfx.tracing import lift, trace
 from tdfx.trials import at_other_sizes
 
 Model = nn.Module | ExportedProgram | str | Path
-Traced = TypeVar("Traced")
 
 UPDATED = "forward updates this buffer in eval mode"
 
