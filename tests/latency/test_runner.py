@@ -249,6 +249,12 @@ def test_a_thread_that_sleeps_waits_and_one_that_works_does_not() -> None:
     assert runner.undisturbed(lambda: time.sleep(0.01) or [1.0], RUNTIME) == ([1.0], False)
 
 
+@pytest.mark.parametrize(("threads", "is_sure"), [(1, False), (2, True)])
+def test_a_thread_may_wait_for_its_own_others(threads: int, is_sure: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "waiting", lambda since: 0.2)
+    assert runner.undisturbed(lambda: [1.0], {**RUNTIME, "threads": threads}) == ([1.0], is_sure)
+
+
 # --- what is given ---
 
 
@@ -400,6 +406,12 @@ def test_progress_says_how_long_it_will_take(
         "1 of 2 groups of models, about 35 s left",
         "2 of 2 groups of models",
     ]
+
+
+@pytest.mark.parametrize(("given", "stop"), [({}, "1"), ({"session.force_spinning_stop": "0"}, "0")])
+def test_idle_sessions_leave_the_processors_to_others(given: dict[str, str], stop: str) -> None:
+    session = runner.open_session(identity(TensorProto.FLOAT), {**RUNTIME, "config": given})
+    assert session.get_session_options().get_session_config_entry("session.force_spinning_stop") == stop
 
 
 def test_session_configuration_is_key_and_value() -> None:
