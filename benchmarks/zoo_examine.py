@@ -235,15 +235,16 @@ def _at_full_rank(profiled: tdfx.Profile, site: tdfx.Site) -> tdfx.Candidate:
 
 
 def _moves(module: nn.Module, name: str, case: Case, reference: list[Tensor], noise: float) -> bool:
-    """Whether some outputs of a site's first factor, scaled, move the network's outputs by more than rounding.
+    """Whether a site's first factor, scaled, moves the network's outputs by more than rounding.
 
-    Every other output, as a normalization may undo a change of all.
+    Every other entry is scaled, as a normalization may undo a change of all, or of all of an output channel; so the
+    first with more than one entry is meant.
     """
-    own = ((layer, layer._parameters.get("weight")) for layer in module.get_submodule(name).modules())
-    layer, weight = next((layer, weight) for layer, weight in own if weight is not None and weight.dim() >= 2)
+    own = (layer._parameters.get("weight") for layer in module.get_submodule(name).modules())
+    weight = next(weight for weight in own if weight is not None and weight.dim() >= 2 and weight.numel() > 1)
     kept = weight.detach().clone()
     with torch.no_grad():
-        (weight.T if isinstance(layer, nn.Embedding | nn.EmbeddingBag) else weight)[::2] *= SCALE
+        weight *= torch.tensor([1.0, SCALE])[torch.arange(weight.numel()) % 2].view_as(weight)
         try:
             return _worst(reference, outputs(module, case)) > noise
         finally:

@@ -49,10 +49,14 @@ def enliven(case: Case) -> None:
     """Makes every part of a network count in its outputs, as it does in a trained one; leaves it in eval mode.
 
     Parameters that start as one constant (biases of 0, scales of residual branches of 1e-6 or 0) get values that
-    differ, matrices and kernels that start near 0 a size that keeps that of their inputs, and a few runs in train mode
-    give BatchNorm its statistics.
+    differ, scales of BatchNorm that start near 0 values around 1, matrices and kernels that start near 0 a size that
+    keeps that of their inputs, and a few runs in train mode give BatchNorm its statistics.
     """
+    norms = [module for module in case.model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     with torch.no_grad():
+        for norm in norms:
+            if norm.affine:
+                norm.weight.fill_(1.0)
         for parameter in case.model.parameters():
             if (
                 parameter.is_floating_point()
@@ -64,7 +68,6 @@ def enliven(case: Case) -> None:
             elif parameter.is_floating_point() and parameter.dim() > 1 and parameter.numel() > len(parameter):
                 wanted = (len(parameter) / parameter.numel()) ** 0.5
                 parameter.mul_(max(1.0, wanted / max(float(parameter.std()), 1e-6)))
-        norms = [module for module in case.model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
         momenta = [norm.momentum for norm in norms]
         for norm in norms:
             norm.momentum = (

@@ -158,8 +158,8 @@ MODELS: dict[str, Factory] = {
     ),
     "mobilevit": built(
         "MobileViTForImageClassification",
-        {"hidden_sizes": [24, 32, 48], "neck_hidden_sizes": [8, 16, 24, 32, 40, 48, 96], "image_size": 64},
-        pixels(64),
+        {"hidden_sizes": [24, 32, 48], "neck_hidden_sizes": [8, 16, 24, 32, 40, 48, 96], "image_size": 128},
+        pixels(128),  # attention over one patch alone would not depend on queries and keys
     ),
     "mobilenet_v2": built(
         "MobileNetV2ForImageClassification", {"depth_multiplier": 0.35, "image_size": 64}, pixels(64)
