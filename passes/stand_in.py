@@ -174,19 +174,19 @@ def fixed_layers(model: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str
         kwargs: example inputs by keyword.
     """
     layers = {name: module for name, module in model.named_modules() if has_stock_forward(module)}
-    found = {name: "it has hooks, without which the model does not run" for name in layers if has_hooks(layers[name])}
-    names = layers.keys() - found.keys()
+    hooked = {name: "it has hooks, without which the model does not run" for name in layers if has_hooks(layers[name])}
     with plain_attention():
         reference = run(sharing(model), args, kwargs)
     try:
-        return found | _tried(model, names, args, kwargs, reference)
+        found = _tried(model, layers, args, kwargs, reference)
     except Exception:
-        for name in names:
+        found = {}
+        for name in layers:
             try:
                 found |= _tried(model, {name}, args, kwargs, reference)
             except Exception as error:
                 found[name] = f"forward does not run with another module in its place: {reason(error)}"
-    return found
+    return found | hooked
 
 
 def _tried(

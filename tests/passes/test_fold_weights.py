@@ -120,12 +120,47 @@ class OfTheRoot(Computed):
         self.own = nn.Parameter(torch.rand(16, 16, 3, 3))
 
 
+class WithLayers(nn.Module):
+    """Layers inside the one that holds the parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = _Holder()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(x)  # type: ignore[no-any-return]
+
+
+class _Holder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(16, 16, 3, 3))
+        self.norm = nn.BatchNorm2d(16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(F.conv2d(x, self.weight * 2))  # type: ignore[no-any-return]
+
+
 @pytest.mark.parametrize(
     "model",
-    [Computed(noisy), AlsoRead(shifted), Computed(grown_in_place), OfTwoLayers(), OfTheRoot()],
-    ids=["random", "read elsewhere", "changed", "of two layers", "of the root"],
+    [Computed(noisy), AlsoRead(shifted), Computed(grown_in_place), OfTwoLayers(), OfTheRoot(), WithLayers()],
+    ids=["random", "read elsewhere", "changed", "of two layers", "of the root", "with layers"],
 )
 def test_what_is_no_constant_or_read_elsewhere_stays(model: nn.Module) -> None:
     graph_module = fx.symbolic_trace(model.eval())
     folded = FoldWeights().run(graph_module)
     assert [node.name for node in folded.graph.nodes] == [node.name for node in graph_module.graph.nodes]
+
+
+def test_what_is_read_a_second_time_stays() -> None:
+    graph_module = fx.symbolic_trace(AlsoRead(standardized).eval())
+    *_, last = (node for node in graph_module.graph.nodes if node.target == "conv.weight")
+    with graph_module.graph.inserting_after(last):
+        again = graph_module.graph.get_attr("conv.weight")
+    (mean,) = (user for user in last.users if user.target == "mean" and user.args == (last,))
+    mean.args = (again,)
+    graph_module.recompile()
+    wanted = graph_module(X)
+    folded = FoldWeights().run(graph_module)
+    assert [node.name for node in folded.graph.nodes] == [node.name for node in graph_module.graph.nodes]
+    assert torch.equal(folded(X), wanted)
