@@ -1,10 +1,9 @@
-"""Least total value within several limits: a multiple-choice knapsack, solved by SciPy's HiGHS MILP.
+"""Least total value within several limits: a multiple-choice knapsack, exact in integers.
 
-HiGHS works in floating point. It lets a row be exceeded by 1e-6, its presolve may for that call a problem infeasible
-that is not, and it stops at an absolute gap of 1e-6; SciPy can set none of this. So the limits are written as rows of
-digits, where one unit too much is far beyond the tolerance; candidates that cannot be in an optimum are first removed
-in exact integers; and an optimum far below the unit of the objective is sought again in a smaller unit, among the
-candidates that could still better it. Answers are checked in integers.
+SciPy's HiGHS prices the resources by the linear relaxation. What the prices choose is a first answer, which rules most
+candidates out; among the others the best choice is grown site after site (``partial_choices``). HiGHS's own branch and
+bound does not come to an end where many layers are alike, as in transformers; it says by how much limits that no choice
+keeps would have to grow. It works in floating point, so its answers are checked in integers.
 
 Source: Kellerer, Pferschy and Pisinger, Knapsack Problems (2004), chapter 11 (the problem, dominance, reduction).
 """
@@ -19,18 +18,21 @@ from fractions import Fraction
 from threading import Lock
 
 import numpy as np
-from scipy.linalg import block_diag
 from scipy.optimize import Bounds, LinearConstraint, linprog, milp
 from scipy.sparse import csr_array
 
 from tdfx.planner import FloatArray, Infeasible, IntArray
+from tdfx.planner.partial_choices import least_choice
 from tdfx.planner.table import Table, at_least, check, polish
 
-BASES = (100_000, 1_000)
-"""Bases of the digits: large ones make few rows, small ones stay clear of HiGHS's tolerance should a large one not."""
+KEPT = (300, 3_000, 12_000)
+"""Partial choices that are kept at most, try by try: each better choice leaves fewer candidates for the next try."""
 
 UNIT = 1_000
-"""Largest coefficient of an objective: HiGHS's 1e-6 is 1e-9 of it."""
+"""Largest coefficient of an objective: HiGHS's absolute gap of 1e-6, which cannot be set, is 1e-9 of it."""
+
+SCALE_ERROR = 1e-6
+"""Of the least scale, by HiGHS's tolerance."""
 
 _STDOUT = Lock()
 
@@ -38,7 +40,8 @@ _STDOUT = Lock()
 def solve(values: Sequence[FloatArray], costs: Sequence[IntArray], limits: IntArray) -> list[int]:
     """Chooses one candidate per site, of least total value within all limits (arguments and errors: see ``Planner``).
 
-    The total is within a relative 1e-6 of the least one, and no change of a single site lowers it within the limits.
+    The total is the least one, but for more than 12,000 partial choices of which none is worse than another: then it is
+    the least of those that the most promising ones lead to. No change of a single site lowers it within the limits.
     Of a site's candidates with equal value and costs the first is taken.
     """
     check(values, costs, limits)
@@ -47,35 +50,38 @@ def solve(values: Sequence[FloatArray], costs: Sequence[IntArray], limits: IntAr
     table = Table.of(values, costs)
     best = _least_value(table, limits)
     if best is None:
-        raise Infeasible(table.least_cost.sum(axis=0).tolist(), _least_scale(table, limits))
+        raise Infeasible(table.least_cost.sum(axis=0).tolist(), _least_scale(table, limits)[0])
     return [int(row) for row in polish(table, limits, best) - table.starts]
 
 
 def _least_value(table: Table, limits: IntArray) -> IntArray | None:
     """Rows of a choice of least value, None if no choice is within the limits."""
-    best = None
-    gap = 0.01  # A quick first choice rules many candidates out.
     rows = _reduce(table, _undominated(table), limits, math.inf)
-    prices = None if rows is None else _prices(table.at(rows), limits)
-    if rows is not None and prices is not None:
-        best = _priced_choice(table, rows, limits, prices)
-        if best is not None:
-            gap = 0.0
-            rows = _promising(table, rows, limits, prices, float(table.value[best].sum()))
-    while rows is not None:
-        left = table.at(rows)
-        choice = _choose(left, limits, gap)
-        if choice is None:
+    if rows is None:
+        return None
+    left = table.at(rows)
+    free = left.first_least(left.value)
+    if (left.cost[free].sum(axis=0) <= limits).all():
+        return rows[free]
+    prices = _prices(left, limits)
+    by_unit = (np.ones(limits.size) if prices is None else prices) / np.maximum(limits, 1)
+    found = None if prices is None else _priced_choice(table, rows, limits, prices)
+    if found is None:
+        scale, choice = _least_scale(table, limits)
+        if scale > 1 + SCALE_ERROR:
+            return None
+        found = choice if scale <= 1 else None
+    for most_kept in KEPT:
+        most_value = math.inf if found is None else float(table.value[found].sum())
+        rows = _promising(table, rows, limits, prices, most_value)
+        if rows is None:
             break
-        best = rows[choice]
-        # The absolute gap was 1e-9 of the largest value: close enough unless the choice is far below that.
-        value = float(left.value[choice].sum())
-        above = value - float(left.least_value.sum())
-        if above <= 0 or (not gap and above >= left.largest_value / 10):
+        choice, is_proven = least_choice(table.at(rows), limits, by_unit, most_value, most_kept)
+        if choice is not None and table.value[rows[choice]].sum() < most_value:
+            found = rows[choice]
+        if is_proven:
             break
-        gap = 0.0
-        rows = _promising(table, rows, limits, prices, value)
-    return best
+    return found
 
 
 def _prices(table: Table, limits: IntArray) -> FloatArray | None:
@@ -165,68 +171,6 @@ def _reduce(table: Table, rows: IntArray, limits: IntArray, most_value: float) -
     return None
 
 
-def _choose(table: Table, limits: IntArray, gap: float) -> IntArray | None:
-    """Rows of a choice within the limits, of least value but for ``gap`` and 1e-9 of the largest; None if none fits."""
-    value = table.value - table.least_value[table.site]
-    cost = table.cost - table.least_cost[table.site]
-    room = limits - table.least_cost.sum(axis=0)
-
-    def fits(choice: IntArray) -> bool:
-        return bool((cost[choice].sum(axis=0) <= room).all())
-
-    least = table.first_least(value)
-    if fits(least):
-        return least
-    for base in BASES:
-        choice = _highs(table, UNIT * (value / (value.max() or 1.0)), *_digit_rows(cost, room, base), gap=gap)
-        if choice is not None and fits(choice):
-            return choice
-    if choice is None:
-        return None
-    raise RuntimeError("HiGHS exceeded a limit that was given to it in digits")
-
-
-def _digit_rows(cost: IntArray, room: IntArray, base: int) -> tuple[FloatArray, FloatArray]:
-    """``cost.T @ x <= room`` digit by digit, lowest first, with integer carries as further columns.
-
-    Row k says: the costs' digits k + carry k <= the room's digit k + base * carry k+1.
-    """
-    tables, bounds, carries = [], [], []
-    for column, bound in zip(cost.T, room, strict=True):
-        step = np.gcd.reduce(column) or 1
-        column, bound = column // step, bound // step
-        digits = 1
-        while base**digits <= bound:
-            digits += 1
-        power = base ** np.arange(digits)
-        tables.append(column // power[:, None] % base)
-        bounds.append(bound // power % base)
-        carries.append(np.eye(digits, digits - 1, -1) - base * np.eye(digits, digits - 1))
-    return np.hstack([np.vstack(tables), block_diag(*carries)]), np.concatenate(bounds).astype(float)
-
-
-def _highs(
-    table: Table, value: FloatArray, matrix: FloatArray, bounds: FloatArray, *, gap: float = 0.0, integer: bool = True
-) -> IntArray | None:
-    """Rows of a choice of least value with ``matrix @ x <= bounds``; None if there is none.
-
-    Columns beyond the candidates' are auxiliary numbers from 0 to the number of sites, integers if ``integer``.
-    """
-    n, sites, auxiliary = table.site.size, table.starts.size, matrix.shape[1] - table.site.size
-    one_each = csr_array((np.ones(n), (table.site, np.arange(n))), shape=(sites, n + auxiliary))
-    with _silent_stdout():
-        result = milp(
-            np.append(value, np.zeros(n + auxiliary - value.size)),
-            integrality=np.repeat([1, int(integer)], [n, auxiliary]),
-            bounds=Bounds(0, np.repeat([1, sites], [n, auxiliary])),
-            constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(matrix, ub=bounds)],
-            options={"mip_rel_gap": gap},
-        )
-    if result.status not in (0, 2):
-        raise RuntimeError(f"HiGHS failed: {result.message}")
-    return None if result.x is None else table.first_least(-result.x[:n])
-
-
 @contextmanager
 def _silent_stdout() -> Iterator[None]:
     """HiGHS 1.12 now and then prints a line for its developers, past all options (ERGO-Code/HiGHS#2783)."""
@@ -240,24 +184,35 @@ def _silent_stdout() -> Iterator[None]:
             os.close(stdout)
 
 
-def _least_scale(table: Table, limits: IntArray) -> float:
-    """The smallest factor of all limits that lets a choice fit: one does for certain, with 1e-6 less none."""
-    sites, some = table.starts.size, limits > 0
-    table = table.at(np.flatnonzero((table.cost[:, ~some] == 0).all(axis=1)))
-    if table.starts.size < sites:
-        return math.inf
-    cost, limits = table.cost[:, some], limits[some]
+def _least_scale(table: Table, limits: IntArray) -> tuple[float, IntArray | None]:
+    """The smallest factor of all limits that lets a choice fit, and its rows; with ``SCALE_ERROR`` less none does."""
+    rows = np.flatnonzero((table.cost[:, limits == 0] == 0).all(axis=1))
+    left = table.at(rows)
+    sites, n = table.starts.size, rows.size
+    if left.starts.size < sites:
+        return math.inf, None
+    cost, limits = left.cost[:, limits > 0], limits[limits > 0]
 
     def scale(choice: IntArray) -> Fraction:
         return max(map(Fraction, cost[choice].sum(axis=0).tolist(), limits.tolist()))
 
     # The least scale is at most this choice's and at least that over the number of limits: a good unit.
     share = cost / limits
-    start = table.first_least(share.sum(axis=1))
+    start = left.first_least(share.sum(axis=1))
     unit = float(scale(start))
-    # The auxiliary number is the scale in that unit. A candidate that alone takes more is as well kept out by taking 2.
-    matrix = np.insert(UNIT * np.minimum(share / unit, 2).T, share.shape[0], -UNIT, axis=1)
-    value = np.append(np.zeros(share.shape[0]), UNIT)
-    best = _highs(table, value, matrix, np.zeros(limits.size), integer=False)
-    least = min(scale(choice) for choice in (start, best) if choice is not None)
-    return at_least(least)
+    # The last number is the scale in that unit. A candidate that alone takes more is as well kept out by taking 2.
+    matrix = np.insert(UNIT * np.minimum(share / unit, 2).T, n, -UNIT, axis=1)
+    one_each = csr_array((np.ones(n), (left.site, np.arange(n))), shape=(sites, n + 1))
+    with _silent_stdout():
+        result = milp(
+            np.append(np.zeros(n), UNIT),
+            integrality=np.append(np.ones(n), 0),
+            bounds=Bounds(0, np.append(np.ones(n), sites)),
+            constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(matrix, ub=np.zeros(limits.size))],
+            options={"mip_rel_gap": 0.0},
+        )
+    if result.status not in (0, 2):
+        raise RuntimeError(f"HiGHS failed: {result.message}")
+    best = start if result.x is None else left.first_least(-result.x[:n])
+    best = min(start, best, key=scale)
+    return at_least(scale(best)), rows[best]
