@@ -25,7 +25,7 @@ from tdfx.planner import FloatArray, Infeasible, IntArray
 from tdfx.planner.partial_choices import least_choice
 from tdfx.planner.table import Table, at_least, check, polish
 
-KEPT = (300, 3_000, 12_000)
+KEPT = (300, 3_000, 30_000)
 """Partial choices that are kept at most, try by try: each better choice leaves fewer candidates for the next try."""
 
 UNIT = 1_000
@@ -40,7 +40,7 @@ _STDOUT = Lock()
 def solve(values: Sequence[FloatArray], costs: Sequence[IntArray], limits: IntArray) -> list[int]:
     """Chooses one candidate per site, of least total value within all limits (arguments and errors: see ``Planner``).
 
-    The total is the least one, but for more than 12,000 partial choices of which none is worse than another: then it is
+    The total is the least one, but for more than 30,000 partial choices of which none is worse than another: then it is
     the least of those that the most promising ones lead to. No change of a single site lowers it within the limits.
     Of a site's candidates with equal value and costs the first is taken.
     """

@@ -10,19 +10,14 @@ problem (1995); Kellerer, Pferschy and Pisinger, Knapsack Problems (2004), secti
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 from numpy.typing import NDArray
 
 from tdfx.planner import FloatArray, IntArray
 from tdfx.planner.table import Table
 
-BLOCK = 64
-"""Partial choices that are compared with all kept ones at once."""
-
-FEW = 256
-"""Kept ones that most dominated ones are dominated by."""
+BLOCK = 512
+"""Partial choices that are compared with each other at once."""
 
 WIDEST = 4
 """Multiple of the partial choices that may be kept, of which dominated ones are sought at most."""
@@ -77,26 +72,30 @@ def least_choice(
 
 def _undominated(value: FloatArray, cost: IntArray) -> IntArray:
     """Which of these no other one matches or beats in value and in every cost, in their order; of equal ones one."""
-    if cost.shape[1] == 1:
-        order = np.lexsort((value, cost[:, 0]))
-        best_before = np.append(math.inf, np.minimum.accumulate(value[order])[:-1])
-        return np.sort(order[value[order] < best_before])
     # None is dominated by one that comes after it in an order by value, then by costs.
     order = np.lexsort((*cost.T, value))
-    columns = [value[order], *(column[order] for column in cost.T)]
+    cost = cost[order]
     kept = np.zeros(0, dtype=np.int64)
     for start in range(0, order.size, BLOCK):
         block = np.arange(start, min(start + BLOCK, order.size))
-        block = block[~_beats(columns, kept[:FEW], block).any(axis=0)]
-        block = block[~_beats(columns, kept[FEW:], block).any(axis=0)]
-        beaten = np.triu(_beats(columns, block, block), 1).any(axis=0)
-        kept = np.append(kept, block[~beaten])
+        block = block[~_is_matched(cost[block], cost[kept])]
+        kept = np.append(kept, block[~np.triu(_matches(cost[block], cost[block]), 1).any(axis=0)])
     return np.sort(order[kept])
 
 
-def _beats(columns: list[FloatArray | IntArray], one: IntArray, other: IntArray) -> NDArray[np.bool_]:
-    """(one, other): whether one matches or beats the other everywhere."""
-    found = np.ones((one.size, other.size), dtype=bool)
-    for column in columns:
-        found &= column[one][:, None] <= column[other]
+def _is_matched(cost: IntArray, kept: IntArray) -> NDArray[np.bool_]:
+    """(n,): whether one of the kept is as cheap in every resource."""
+    if not kept.size or cost.shape[1] > 2:
+        return np.asarray(_matches(kept, cost).any(axis=0))
+    kept = kept[np.argsort(kept[:, 0])]
+    least = np.minimum.accumulate(kept[:, -1])  # of the last resource, among those as cheap in the first
+    place = np.searchsorted(kept[:, 0], cost[:, 0], side="right")
+    return (place > 0) & (least[place - 1] <= cost[:, -1])
+
+
+def _matches(one: IntArray, other: IntArray) -> NDArray[np.bool_]:
+    """(one, other): whether one is as cheap as the other in every resource."""
+    found = np.ones((len(one), len(other)), dtype=bool)
+    for column, against in zip(one.T, other.T, strict=True):
+        found &= column[:, None] <= against
     return found
