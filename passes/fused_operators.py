@@ -49,10 +49,18 @@ class FusedOperators(AnalysisPass[dict[str, tuple[Fused, ...]]]):
             return ""
         if _is_relu(graph_module, user):
             return "relu"
-        if not self._is_add(user):
+        if not self._is_add(user) or self._later_term(graph_module, user) is not call:
             return ""
         after = _only_user(user)
         return "add_relu" if after is not None and _is_relu(graph_module, after) else "add"
+
+    def _later_term(self, graph_module: fx.GraphModule, addition: fx.Node) -> fx.Node | None:
+        """The last of the layers of interest that are added, which is the one that runtimes fuse the sum with."""
+        names = {layer.name for site in self.sites for layer in site.layers}
+        order = {node: place for place, node in enumerate(graph_module.graph.nodes)}
+        calls = [_behind_batch_norm(graph_module, term) for term in addition.all_input_nodes]
+        found = [call for call in calls if call.op == "call_module" and call.target in names]
+        return max(found, key=order.__getitem__, default=None)
 
     def _is_add(self, node: fx.Node) -> bool:
         """Whether it is a sum of two tensors of the same shape."""
@@ -66,6 +74,10 @@ class FusedOperators(AnalysisPass[dict[str, tuple[Fused, ...]]]):
 def _only_user(node: fx.Node) -> fx.Node | None:
     users = list(node.users)
     return users[0] if len(users) == 1 else None
+
+
+def _behind_batch_norm(graph_module: fx.GraphModule, node: fx.Node) -> fx.Node:
+    return node.all_input_nodes[0] if _is_batch_norm(graph_module, node) else node
 
 
 def _is_batch_norm(graph_module: fx.GraphModule, node: fx.Node) -> bool:

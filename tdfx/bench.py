@@ -125,7 +125,7 @@ def bench(
 
     The files take turns in one process: in every round each runs once, so that whatever slows the machine down meets
     all alike, and speeds are ratios within a round. All run on the same inputs, matched by name where all files name
-    theirs alike, by position otherwise.
+    theirs alike, by position otherwise; outputs are matched by name where a file names them as the first does.
 
     Args:
         files: the ONNX files; the first is what the others are compared with.
@@ -157,7 +157,10 @@ def bench(
     values = _values(wanted, inputs, batch, seed)
     arrays = [value.detach().cpu().numpy() for value in values]
     feeds = [dict(zip((value.name for value in row), arrays, strict=True)) for row in declared]
-    outputs = [_run(path, session, feed) for path, session, feed in zip(paths, sessions, feeds, strict=True)]
+    names = _output_names(sessions)
+    outputs = [
+        _run(path, session, name, feed) for path, session, name, feed in zip(paths, sessions, names, feeds, strict=True)
+    ]
     runs = [partial(session.run, None, feed) for session, feed in zip(sessions, feeds, strict=True)]
     times = interleaved_times(runs, rounds=rounds)
     specs = (
@@ -177,9 +180,15 @@ def _open(path: Path, threads: int) -> Any:
         raise InputError(f"cannot time {path}: {reason(error)}; expected an ONNX file of known operators") from error
 
 
-def _run(path: Path, session: Any, feed: Mapping[str, NDArray[Any]]) -> list[Any]:
+def _output_names(sessions: Sequence[Any]) -> list[list[str]]:
+    """Of every file, in the order of the first if it names its own alike."""
+    names = [[value.name for value in session.get_outputs()] for session in sessions]
+    return [names[0] if sorted(row) == sorted(names[0]) else row for row in names]
+
+
+def _run(path: Path, session: Any, names: list[str], feed: Mapping[str, NDArray[Any]]) -> list[Any]:
     try:
-        return list(session.run(None, feed))
+        return list(session.run(names, feed))
     except Exception as error:
         raise InputError(f"cannot time {path}: {reason(error)}; other inputs may do") from error
 

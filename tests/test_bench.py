@@ -97,6 +97,23 @@ def test_inputs_of_the_same_names_are_matched_by_name_others_by_position() -> No
     assert tdfx.bench([files[0], files[2]], values, rounds=1).rows[1].max_rel_diff == 0.0
 
 
+def named(name: str, *operators: tuple[str, str]) -> Path:
+    """A file whose outputs are given by name and operator."""
+    nodes = [helper.make_node(op, ["x"], [output]) for output, op in operators]
+    outputs = [helper.make_tensor_value_info(output, FLOAT, None) for output, _ in operators]
+    graph = helper.make_graph(nodes, "graph", [helper.make_tensor_value_info(*X)], outputs)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), name)
+    return Path(name)
+
+
+def test_outputs_of_the_same_names_are_matched_by_name_others_by_position() -> None:
+    files = [named("a.onnx", ("p", "Neg"), ("q", "Abs")), named("b.onnx", ("q", "Abs"), ("p", "Neg"))]
+    files += [named("c.onnx", ("r", "Neg"), ("s", "Abs")), named("d.onnx", ("s", "Abs"), ("r", "Neg"))]
+    same, swapped = (tdfx.bench(pair, torch.ones(1, 3), rounds=1) for pair in (files[:3], files[::3]))
+    assert [row.max_rel_diff for row in same.rows] == [0.0, 0.0, 0.0]
+    assert swapped.rows[1].max_rel_diff == 2.0
+
+
 def test_inputs_are_drawn_as_the_files_declare_them() -> None:
     table, ids = ("table", FLOAT, [4, 2]), ("ids", INT64, ["n", "n"])
     file = write("a.onnx", "Gather", (table, ids))

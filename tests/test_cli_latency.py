@@ -33,6 +33,30 @@ def test_plans_are_made_with_measured_times(profile: Path) -> None:
     assert Plan.from_json(Path("out/plan.json").read_text()).after == plan.after
 
 
+def test_a_frontier_goes_by_measured_times(profile: Path) -> None:
+    tdfx_command("latency", "net.py:make", "profile.json", *BOTH_INPUTS, "-o", "latency.json")
+    given = ("frontier", "net.py:make", *BOTH_INPUTS, "--methods", "spatial_svd", "-o", "curve.csv")
+    given = (*given, "--resource", "latency", "--points", "2")
+    assert "latency is estimated" in tdfx_command(*given)[0]
+    assert "latency is measured" in tdfx_command(*given, "--latency", "latency.json")[0]
+
+
+def test_a_plan_by_a_table_says_that_the_network_was_not_timed(profile: Path) -> None:
+    tdfx_command("latency", "net.py:make", "profile.json", *BOTH_INPUTS, "-o", "latency.json")
+    given = ("plan", "profile.json", "--latency", "latency.json")
+    assert "was not timed" in tdfx_command(*given, "--budget", "latency=99%")[0]
+    assert "was not timed" in tdfx_command(*given, "--budget", "flops=100%", "--guard", "measured")[0]
+    assert "was not timed" not in tdfx_command(*given, "--budget", "flops=99%")[0]
+
+
+def test_a_rank_rule_leaves_nothing_to_guard(profile: Path) -> None:
+    ruled = ("--ranks", "energy=0.9", "--methods", "svd", "-o", "ruled.json")
+    tdfx_command("profile", "net.py:make", *BOTH_INPUTS, *ruled)
+    tdfx_command("latency", "net.py:make", "ruled.json", *BOTH_INPUTS, "-o", "latency.json")
+    _, stderr = tdfx_command("plan", "ruled.json", "--latency", "latency.json", "--guard", "measured", code=2)
+    assert "ranks by energy=0.9, which leaves nothing to guard" in " ".join(stderr.replace("│", " ").split())
+
+
 def test_named_sizes_reach_every_command_that_captures(profile: Path) -> None:
     for command in (
         ["latency", "net.py:make", "profile.json", "-o", "latency.json"],

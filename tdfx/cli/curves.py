@@ -26,16 +26,18 @@ from tdfx.evaluation import Evaluate
 from tdfx.files import replacing, write_text
 from tdfx.loading import module_from_file, module_named
 from tdfx.plots import check_matplotlib, plot_sensitivity
+from tdfx.records.latency import LatencyTable
 from tdfx.records.profile import Profile
 from tdfx.stages.capture import capture as capture_model
 from tdfx.stages.frontier import frontier as find_frontier
+from tdfx.stages.latency import with_latency
 from tdfx.stages.profile import profile as make_profile
 from tdfx.stages.sensitivity import sensitivity as find_sensitivity
 from tdfx.stages.sensitivity import to_csv, to_table
 
 EVALUATE_HELP = "package.module:function or file.py:function that takes a network and returns its score."
 
-Resource = Annotated[str, typer.Option(help="What cost is: flops, macs, params or bytes.")]
+Resource = Annotated[str, typer.Option(help="What cost is: flops, macs, params, bytes or latency.")]
 Csv = Annotated[Path | None, typer.Option(metavar="FILE", help="Where the numbers go.")]
 Png = Annotated[Path | None, typer.Option(metavar="FILE", help="Where a picture goes; takes matplotlib.")]
 
@@ -62,6 +64,7 @@ def frontier(
     planner: given.Planner = "knapsack",
     target: given.Target = "ort-cpu",
     rank_multiple: given.RankMultiple = None,
+    latency: given.Latency = None,
     trainable: given.Trainable = False,
     capture: given.Capture = Captured.AUTO,
     seed: given.Seed = 0,
@@ -92,6 +95,8 @@ def frontier(
             seed=seed,
             cache_dir=cache,
         )
+        if latency is not None:
+            profiled = with_latency(profiled, read_record(LatencyTable, latency))
         found = find_frontier(
             captured,
             profiled,

@@ -77,6 +77,9 @@ Output = Annotated[str, Option(help="What the model returns: logits, values, or 
 Correct = Annotated[bool, Option("--correct/--no-correct", help=CORRECT_HELP)]
 Planner = Annotated[str, Option(help=f"What chooses methods and ranks: {' or '.join(planners())}.")]
 Guard = Annotated[Guarded, Option(help=GUARD_HELP)]
+Latency = Annotated[
+    Path | None, Option(metavar="LATENCY.JSON", help="What tdfx latency or a latency kit measured; else estimates.")
+]
 Threads = Annotated[int, Option(min=1, help="Of ONNX Runtime, where latency is measured.")]
 Provider = Annotated[str, Option(help="Execution provider of ONNX Runtime, where latency is measured.")]
 SessionConfig = Annotated[list[str] | None, Option(metavar="KEY=VALUE", help=SESSION_CONFIG_HELP)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -39,8 +40,10 @@ from tdfx.records.profile import Profile
 from tdfx.saving import FILES, INT8_ONNX, ONNX, load, output_folder
 from tdfx.stages.apply import apply as apply_plan
 from tdfx.stages.capture import capture as capture_model
+from tdfx.stages.compress import UNTIMED
 from tdfx.stages.compress import compress as compress_model
-from tdfx.stages.latency import with_latency
+from tdfx.stages.guard import limits_latency
+from tdfx.stages.latency import notes_on, with_latency
 from tdfx.stages.plan import plan as make_plan
 from tdfx.stages.profile import profile as make_profile
 from tdfx.stages.tune import tune as tune_result
@@ -228,9 +231,7 @@ def plan(
     file: Annotated[Path, typer.Argument(metavar="PROFILE.JSON", help="What tdfx profile wrote.")],
     budget: given.Budget = None,
     planner: given.Planner = "knapsack",
-    latency: Annotated[
-        Path | None, typer.Option(metavar="LATENCY.JSON", help="What tdfx latency or a latency kit measured.")
-    ] = None,
+    latency: given.Latency = None,
     guard: given.Guard = Guarded.ESTIMATED,
     out: Annotated[Path | None, typer.Option("--out", "-o", metavar="FILE", help="Where it goes, as JSON.")] = None,
     debug: given.Debug = False,
@@ -238,11 +239,22 @@ def plan(
     """Choose a method and rank for every layer, within a budget or as the profile's rank rule says."""
     with exit_codes(debug):
         profiled = read_record(Profile, file)
+        notes: tuple[str, ...] = ()
+        is_guarded = guard is Guarded.MEASURED
         if latency is not None:
-            profiled = with_latency(profiled, read_record(LatencyTable, latency))
-        if guard is Guarded.MEASURED and profiled.latency_source != MEASURED:
+            table = read_record(LatencyTable, latency)
+            profiled, notes = with_latency(profiled, table), notes_on(table, profiled)
+        if is_guarded and profiled.latency_source != MEASURED:
             raise typer.BadParameter("name the times to go by with --latency", param_hint="--guard")
-        chosen = make_plan(profiled, budget, planner=planner, slower=guard is not Guarded.MEASURED)
+        if is_guarded and profiled.rank_rule is not None:
+            raise typer.BadParameter(
+                f"{file} holds ranks by {profiled.rank_rule}, which leaves nothing to guard; profile without --ranks",
+                param_hint="--guard",
+            )
+        if is_guarded or (latency is not None and limits_latency(Budget.parse(budget) if budget else None)):
+            notes = (*notes, UNTIMED)
+        chosen = make_plan(profiled, budget, planner=planner, slower=not is_guarded)
+        chosen = replace(chosen, notes=(*chosen.notes, *notes))
         if out is not None:
             write_text(out, chosen.to_json())
         typer.echo(str(chosen) if out is None else f"{chosen}\n\n{out}: plan; tdfx apply reads it")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
@@ -92,7 +93,9 @@ def cases_of(profile: Profile) -> list[Case]:
     for site in profile.sites:
         for candidate in profile.of_site(site.name):
             layers = (
-                site.layers if candidate.is_dense else method_for(site, candidate.method).chain(site, candidate.rank)
+                site.layers
+                if candidate.is_dense
+                else tuple(chain.from_iterable(method_for(site, candidate.method).chains(site, candidate.rank)))
             )
             unnamed = tuple(replace(layer, name="") for layer in layers)
             if candidate.cost.latency_s:

@@ -80,7 +80,7 @@ class _Builder:
             value = self.layer(layer, value, layer.calls[piece.call])
         output_shape = _batched(last, last.calls[piece.call].output_shape)
         if piece.fused.startswith("add"):
-            value = self.node("Add", [value, self.addend(output_shape)])
+            value = self.node("Add", [value, self.addend(output_shape, is_image=bool(last.kernel_size))])
         if piece.fused.endswith("relu"):
             value = self.node("Relu", [value])
         output = helper.make_tensor_value_info(value, self.dtype, output_shape)
@@ -129,10 +129,10 @@ class _Builder:
         value = helper.make_tensor("value", self.dtype, [1], [WEIGHT])
         return self.node("ConstantOfShape", [self.integers(shape)], value=value)
 
-    def addend(self, shape: Shape) -> str:
+    def addend(self, shape: Shape, *, is_image: bool) -> str:
         """A second input; of an image, through an operator that leaves it in the layout in which convolutions add."""
         second = self.input("y", shape, self.dtype)
-        return self.node("MaxPool", [second], kernel_shape=[1, 1]) if len(shape) == 4 else second
+        return self.node("MaxPool", [second], kernel_shape=[1, 1]) if is_image and len(shape) == 4 else second
 
     def linear(self, layer: LayerSpec, value: str, dims: int) -> str:
         if dims == 2:

@@ -14,6 +14,7 @@ import math
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -137,12 +138,30 @@ def host() -> dict[str, str]:
 
 
 def processor() -> str:
-    """The processor's model name, as the system tells it."""
+    """The processor's model name, as the system tells it; on boards that tell none, the board and its cores' parts."""
+    lines = [line.partition(":") for line in _read("/proc/cpuinfo").splitlines()]
+    told = [(name.strip(), value.strip()) for name, _, value in lines]
+    names = [value for name, value in told if name == "model name"]
+    if names:
+        return names[0]
+    parts = dict.fromkeys(value for name, value in told if name in ("CPU implementer", "CPU part", "CPU revision"))
+    board = " ".join(filter(None, [_read("/proc/device-tree/model").strip("\0\n"), *parts]))
+    return board or _apple() or platform.processor() or platform.machine()
+
+
+def _read(path: str) -> str:
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+        return Path(path).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def _apple() -> str:
+    asked = ["sysctl", "-n", "machdep.cpu.brand_string"]
+    try:
+        return subprocess.run(asked, capture_output=True, text=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
 
 
 def waiting(since: tuple[float, float]) -> float:
@@ -173,6 +192,12 @@ def group_ratios(runs: Sequence[Run], seconds: float, clock: Clock = time.perf_c
     """Median seconds of each run over those of the first."""
     medians = [statistics.median(values) for values in interleaved(runs, seconds=seconds, clock=clock)]
     return [value / medians[0] for value in medians]
+
+
+def network_seconds(runs: Sequence[Run]) -> list[float]:
+    """Median seconds of a whole network and of what runs beside it."""
+    times = interleaved(runs, rounds=NETWORK_ROUNDS, seconds=NETWORK_SECONDS / 2)
+    return [statistics.median(values) for values in times]
 
 
 def network_times(models: Sequence[str], runtime: Mapping[str, Any]) -> list[list[float]]:
@@ -303,8 +328,9 @@ def measure(
         seconds: that the runs of one model take.
 
     Returns:
-        "structure", "network_s", "disturbed" (groups, or parts of one), "rank_grid" (None without a grid, or where
-        others ran beside it), and "rows" with "site", "method", "rank" and "latency_s".
+        "structure", "network_s", "disturbed" (groups, or parts of one; what runs beside the network counts as one),
+        "rank_grid" (None without a grid, or where others ran beside it), and "rows" with "site", "method", "rank" and
+        "latency_s".
 
     Raises:
         ValueError: as for ``session_run``.
@@ -313,10 +339,15 @@ def measure(
     taken, disturbed = time_groups(
         groups_of(kit), kit["bytes"], load, runtime, ratios=ratios, keep=keep, progress=progress, seconds=seconds
     )
-    runs = [session_run(model, runtime) for model in (network, *map(load, layers))]
-    times = interleaved(runs, rounds=NETWORK_ROUNDS, seconds=NETWORK_SECONDS / 2)
-    network_s, *layers_s = (statistics.median(values) for values in times)
-    dense_s = dict(zip(layers, layers_s, strict=True))
+    networks_s, multiples = [], {}
+    for part in batches(layers, kit["bytes"], BYTES) or [[]]:
+        runs = [session_run(model, runtime) for model in (network, *map(load, part))]
+        (alone_s, *layers_s), is_sure = undisturbed(partial(network_seconds, runs), runtime)
+        disturbed += not is_sure
+        networks_s.append(alone_s)
+        multiples.update({key: layer_s / alone_s for key, layer_s in zip(part, layers_s, strict=True)})
+    network_s = statistics.median(networks_s)
+    dense_s = {key: multiple * network_s for key, multiple in multiples.items()}
     rows = [
         {
             "site": site,
@@ -364,11 +395,28 @@ def main(folder: Path, arguments: Sequence[str] | None = None) -> None:
         kit = json.loads((folder / "kit.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         options.error(f"cannot read kit.json beside this file: {error}; copy the whole folder that tdfx wrote")
+    missing = _missing(folder, kit)
+    if missing:
+        options.error(f"{missing} is missing beside this file; copy the whole folder that tdfx wrote")
     try:
         runtime = {"threads": given.threads, "provider": given.provider, "config": entries(given.session_config)}
+        check_provider(given.provider)
         _measure_folder(folder, kit, runtime, given.seconds)
     except ValueError as error:
         options.error(str(error))
+    except OSError as error:
+        options.error(f"cannot write beside this file: {error}; copy the folder to where you may write")
+
+
+def _missing(folder: Path, kit: object) -> str:
+    """What a kit needs and lacks, "" if nothing."""
+    if not isinstance(kit, dict):
+        return "what kit.json should hold"
+    absent = [name for name in ("groups", "bytes", "rows", "structure") if name not in kit]
+    if absent:
+        return f"{absent[0]!r} of kit.json"
+    files = ["network.onnx", *(f"models/{key}.onnx" for keys in groups_of(kit) for key in keys)]
+    return next((file for file in files if not (folder / file).is_file()), "")
 
 
 def _threads(text: str) -> int:
@@ -392,6 +440,7 @@ def _measure_folder(folder: Path, kit: Mapping[str, Any], runtime: Mapping[str, 
     unfinished, result = folder / "unfinished.json", folder / "latency.json"
     alike = {**header, "seconds": seconds}
     ratios = _kept_ratios(unfinished, alike)
+    write(unfinished, {**alike, "ratios": ratios})  # before anything is timed in vain
     measured = measure(
         kit,
         str(folder / "network.onnx"),

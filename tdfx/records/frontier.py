@@ -7,12 +7,13 @@ import io
 from dataclasses import dataclass
 from pathlib import Path
 
+from tdfx.budget import LATENCY
 from tdfx.records.cost import Cost
 from tdfx.records.plan import Plan
 from tdfx.tables import align, count
 from tdfx.tables import share as percentage
 
-COLUMNS = ("share", "flops", "macs", "params", "weight_bytes", "latency_s", "error", "score")
+COLUMNS = ("share", "flops", "macs", "params", "weight_bytes", "latency_s", "latency_source", "error", "score")
 
 
 @dataclass(frozen=True)
@@ -40,10 +41,11 @@ class Frontier:
 
     Attributes:
         points: by share, the least first.
-        resource: "flops", "macs", "params" or "bytes".
+        resource: "flops", "macs", "params", "bytes" or "latency".
         metric: of the errors.
         before: cost of the whole model as given.
         original_score: measured score of the model as given; None where nothing was measured.
+        latency_source: "estimated", "measured", or None where no latency is known.
     """
 
     points: tuple[Point, ...]
@@ -51,6 +53,7 @@ class Frontier:
     metric: str
     before: Cost
     original_score: float | None
+    latency_source: str | None = None
 
     def __str__(self) -> str:
         measured = self.original_score is not None
@@ -68,7 +71,8 @@ class Frontier:
         whole = ("original", count(self.before.flops), count(self.before.params), "0")
         last = (*whole, f"{self.original_score:.4g}") if measured else whole
         table = align(header, [*rows, last], right=range(len(header)))
-        return f"{table}\nerror is what the planner adds up, of {self.metric}"
+        source = f"; latency is {self.latency_source}" if self.resource == LATENCY else ""
+        return f"{table}\nerror is what the planner adds up, of {self.metric}{source}"
 
     def to_csv(self) -> str:
         """A row for each point, under the names in ``COLUMNS``; what is not known stays empty."""
@@ -78,7 +82,7 @@ class Frontier:
         for point in self.points:
             cost = point.cost
             costs = (cost.flops, cost.macs, cost.params, cost.weight_bytes, cost.latency_s)
-            writer.writerow([point.share, *costs, point.error, point.score])
+            writer.writerow([point.share, *costs, self.latency_source, point.error, point.score])
         return text.getvalue()
 
     def to_png(self, path: str | Path) -> None:

@@ -61,7 +61,7 @@ class Measured:
         ratio: median over the rounds of the result's seconds over the original's.
         quartiles: lower and upper quartile of the same.
         predicted_ratio: what the plan expected; None where it had no latency.
-        plans: how many were made until the last one.
+        plans: how many were made.
         runtime: that both ran in.
     """
 

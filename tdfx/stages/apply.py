@@ -42,7 +42,7 @@ from tdfx.records.cost import Cost
 from tdfx.records.dependencies import peak_activation_bytes
 from tdfx.records.inputs import InputSpec
 from tdfx.records.layer import Site
-from tdfx.records.plan import MEASURED, Plan
+from tdfx.records.plan import ESTIMATED, MEASURED, Plan
 from tdfx.records.result import Coverage, PeakActivations, Report, Result
 from tdfx.scoring import Scoring, scoring_of, scoring_of_stored
 from tdfx.signature import Signature, without_flat_call
@@ -203,7 +203,13 @@ def carry_out(
     )
     after = network_cost(compressed, captured.args, captured.kwargs, target)
     if plan.latency_source == MEASURED:
-        carried_out, after = _with_latencies(carried_out, plan), _with_latency(after, plan.after)
+        edited = _edited(plan, carried_out)
+        if edited:
+            source = None if target is None else ESTIMATED
+            carried_out = replace(carried_out, latency_source=source)
+            notes += (f"{', '.join(edited)} changed after latency was measured: it is {source or 'not known'} now",)
+        else:
+            carried_out, after = _with_latencies(carried_out, plan), _with_latency(after, plan.after)
     notes += _check_cost(carried_out.after, after, captured)
     report = Report(
         plan=carried_out,
@@ -249,6 +255,12 @@ def _as_called(compressed: fx.GraphModule, signature: Signature) -> nn.Module:
     if isinstance(compressed, InPlace):
         return compressed.root if signature.is_plain else without_flat_call(compressed.root)
     return compressed if signature.is_plain else RestoreCall(signature).run(compressed)
+
+
+def _edited(plan: Plan, carried_out: Plan) -> list[str]:
+    """Sites of which a plan says other costs than its method and rank have."""
+    pairs = zip(plan.candidates, carried_out.candidates, strict=True)
+    return [stated.site for stated, found in pairs if stated.cost.macs != found.cost.macs]
 
 
 def _with_latencies(carried_out: Plan, plan: Plan) -> Plan:

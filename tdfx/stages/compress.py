@@ -26,13 +26,13 @@ from tdfx.stages.calibrate import calibrate
 from tdfx.stages.capture import Model
 from tdfx.stages.capture import capture as capture_model
 from tdfx.stages.guard import carry_out_measured, check_guard, limits_latency
-from tdfx.stages.latency import check_runtime, measure_latency, measured_rank_grid, with_latency
+from tdfx.stages.latency import check_runtime, measure_latency, measured_rank_grid, notes_on, with_latency
 from tdfx.stages.plan import plan, read_budget
 from tdfx.stages.profile import profile
 from tdfx.stages.search import cheapest, read_drop
 from tdfx.timing import timed
 
-UNTIMED = "the guard went by the latency table; the network itself was not timed: compare it with tdfx bench there"
+UNTIMED = "latency is by the table that was given; the network itself was not timed: compare it there with tdfx bench"
 
 
 def compress(
@@ -129,6 +129,11 @@ def compress(
         raise OptionError(
             f"latency is a {type(latency).__name__}; expected a LatencyTable, as LatencyTable.from_json reads it"
         )
+    if latency is not None and runtime is not None and runtime != latency.runtime:
+        raise OptionError(
+            f"runtime is {runtime}, and the latency table was measured in {latency.runtime}; leave out the one that is "
+            "not meant"
+        )
     measures = latency is None and is_about_time
     runtime = runtime or Runtime()
     check_runtime(runtime)
@@ -198,7 +203,7 @@ def compress(
     for note in result.plan.notes:
         warnings.warn(note, stacklevel=2)
     timings |= result.report.timings_s
-    notes = () if latency is None else latency.notes
-    if guard == MEASURED and not measures:
+    notes = () if latency is None else notes_on(latency, profiled)
+    if is_about_time and not measures:
         notes = (*notes, UNTIMED)
     return replace(result, report=replace(result.report, timings_s=timings, notes=(*result.report.notes, *notes)))

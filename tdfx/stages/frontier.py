@@ -82,7 +82,7 @@ def frontier(
             score = None if scores is None else scores.of(chosen)
             found.append(Point(share, chosen.after, predicted_error(chosen), score, chosen))
         report("frontier", len(budgets) + 1, len(budgets) + 1)
-    return Frontier(tuple(found), resource, profile.metric, profile.before, original_score)
+    return Frontier(tuple(found), resource, profile.metric, profile.before, original_score, profile.latency_source)
 
 
 def least_amount(profile: Profile, resource: str, *, slower: bool = True) -> int:

@@ -63,14 +63,14 @@ def measure_latency(
 
     Raises:
         PlanError: the profile is of another model, or of inputs of other shapes.
-        OptionError: a site is not float32, or the provider is not there.
+        OptionError: a site is not float32, or the provider is not there or does not start.
         ExportError: the network cannot be exported or run.
     """
     runtime = runtime or Runtime()
     check_runtime(runtime)
     kit = _kit(captured, profile)
     kept = _Kept(cache_dir, runtime)
-    with original_file(captured) as network, reporter(progress) as report:
+    with original_file(captured) as network, reporter(progress) as report, refused_by_runtime():
         measured = runner.measure(
             kit.listing,
             str(network),
@@ -92,6 +92,15 @@ def check_runtime(runtime: Runtime) -> None:
         runner.check_provider(runtime.provider)
     except ValueError as error:
         raise OptionError(str(error)) from None
+
+
+@contextmanager
+def refused_by_runtime() -> Iterator[None]:
+    """Raises OptionError where ONNX Runtime does not open a session with the options given."""
+    try:
+        yield
+    except ValueError as error:
+        raise OptionError(f"latency cannot be measured: {error}") from error
 
 
 @contextmanager
@@ -117,16 +126,17 @@ def measured_rank_grid(runtime: Runtime, cache_dir: str | Path | None = None) ->
     kept = _Kept(cache_dir, runtime)
     widths = sweep()
     pieces = {piece.key: piece for piece in widths.values()}
-    taken, _ = runner.time_groups(
-        [list(pieces)],
-        {key: piece.weight_bytes for key, piece in pieces.items()},
-        lambda key: pieces[key].model(),
-        runtime.as_dict(),
-        ratios=kept.ratios,
-        keep=kept.keep,
-        progress=lambda done, total: None,
-        seconds=SECONDS,
-    )
+    with refused_by_runtime():
+        taken, _ = runner.time_groups(
+            [list(pieces)],
+            {key: piece.weight_bytes for key, piece in pieces.items()},
+            lambda key: pieces[key].model(),
+            runtime.as_dict(),
+            ratios=kept.ratios,
+            keep=kept.keep,
+            progress=lambda done, total: None,
+            seconds=SECONDS,
+        )
     found = runner.rank_grid([(piece.key, width, piece.macs) for width, piece in widths.items()], taken)
     assert found is not None
     return found
@@ -180,6 +190,11 @@ def with_latency(profile: Profile, table: LatencyTable) -> Profile:
         PlanError: the table is of another network, or lacks a candidate.
     """
     structure = timed_structure(profile)
+    in_table, in_profile = ({entry.site for entry in table.rows}, {site.name for site in profile.sites})
+    if in_table != in_profile and in_table & in_profile:
+        apart = (("lacks", in_profile - in_table), ("holds besides", in_table - in_profile))
+        told = " and ".join(f"{verb} {', '.join(sorted(names))}" for verb, names in apart if names)
+        raise PlanError(f"the latency table {told}, unlike the profile; measure this profile")
     if table.structure != structure:
         raise PlanError(
             f"the latency table is of another network or of inputs of other shapes (fingerprint {table.structure[:8]}, "
@@ -217,6 +232,16 @@ def with_latency(profile: Profile, table: LatencyTable) -> Profile:
         rest=replace(profile.rest, latency_s=whole_ns(max(table.network_s - layers_s, 0.0))),
         latency_source=MEASURED,
     )
+
+
+def notes_on(table: LatencyTable, profile: Profile) -> tuple[str, ...]:
+    """What one should know who plans a profile by a table."""
+    grid = table.rank_grid
+    if grid is None or grid == profile.rank_multiple or profile.rank_rule is not None:
+        return table.notes
+    asked = f"multiples of {profile.rank_multiple}" if profile.rank_multiple > 1 else "any number"
+    advice = f"profile with rank_multiple={grid} and measure again"
+    return (*table.notes, f"ranks are {asked}, and the device's grid is {grid}: {advice}")
 
 
 def _overhead(profile: Profile, network_s: float, dense_s: Mapping[str, float]) -> dict[str, float]:

@@ -92,3 +92,25 @@ def test_a_target_in_a_file(tmp_path: Path) -> None:
 
 def test_all_constants_are_fitted() -> None:
     assert {"operator_s", "blocked_mac_s", "weight_byte_s"} <= set(CONSTANTS) and "rank_grid" not in CONSTANTS
+
+
+class Tied(nn.Module):
+    """An embedding whose weight is the head's too. Input (2, 6) of numbers below 200."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(200, 64), nn.Linear(64, 200, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.embedding(x))  # type: ignore[no-any-return]
+
+
+def test_layers_of_one_weight_are_estimated_together() -> None:
+    found = tdfx.profile(tdfx.capture(Tied().eval(), torch.randint(200, (2, 6))), methods=["svd"])
+    (site,) = found.sites
+    assert len(site.layers) == 2
+    timed = tuple(replace(c, cost=replace(c.cost, latency_s=1e-3)) for c in found.candidates)
+    dense, *chains = cases_of(replace(found, candidates=timed, latency_source=MEASURED))
+    assert len(dense.layers) == 2 and chains
+    assert all(len(case.layers) == 4 for case in chains)

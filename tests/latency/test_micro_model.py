@@ -184,3 +184,9 @@ def test_keys_tell_models_apart_and_names_do_not() -> None:
 def test_each_call_has_its_shapes() -> None:
     two = LINEAR.called_on(((4, 6), (3, 6)))
     assert [run(Piece((two,), call, ""))[0][0].shape for call in (0, 1)] == [(4, 6), (3, 6)]
+
+
+@pytest.mark.parametrize(("layer", "nodes"), [(CONV, 1), (LINEAR.called_on(((2, 5, 7, 6),)), 0)])
+def test_only_what_is_added_to_an_image_comes_from_an_operator(layer: LayerSpec, nodes: int) -> None:
+    graph = onnx.load_from_string(Piece((layer,), 0, "add").model()).graph
+    assert [node.op_type for node in graph.node].count("MaxPool") == nodes

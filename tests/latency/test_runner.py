@@ -142,6 +142,22 @@ def test_few_weights_are_in_memory_at_once(machine: Machine, monkeypatch: pytest
     assert groups == [3, 2, 2, 2, 2]
 
 
+def test_layers_that_are_not_all_in_memory_at_once_are_timed_beside_the_network(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = measure({})
+    beside: list[int] = []
+    seconds = runner.network_seconds
+    monkeypatch.setattr(runner, "network_seconds", lambda runs: beside.append(len(runs)) or seconds(runs))
+    monkeypatch.setattr(runner, "BYTES", 1)
+    assert measure({}) == wanted
+    assert beside == [2, 2]
+
+
+def test_a_network_without_layers_is_timed(machine: Machine) -> None:
+    assert measure({}, kit={**KIT, "groups": [], "rows": []})["network_s"] == 10.0
+
+
 WIDTHS = range(32, 65)
 GRID: dict[str, Any] = {
     **KIT,
@@ -168,7 +184,7 @@ def test_the_grid_is_measured_with_the_layers_and_kept(blocked: Machine, monkeyp
 
 
 def test_a_grid_beside_which_others_ran_is_none(blocked: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
-    waits = [0.0, 0.0, *[0.5] * runner.TRIES]
+    waits = [0.0, 0.0, *[0.5] * runner.TRIES, 0.0]
     monkeypatch.setattr(runner, "waiting", lambda since: waits.pop(0))
     found = measure({}, kit=GRID)
     assert (found["rank_grid"], found["disturbed"]) == (None, 1)
@@ -183,6 +199,9 @@ def test_batches_keep_order_and_room() -> None:
 
 def kit_folder(folder: Path) -> Path:
     (folder / "kit.json").write_text(json.dumps(KIT))
+    (folder / "models").mkdir()
+    for name in ("network", *(f"models/{key}" for key in KIT["bytes"])):
+        (folder / f"{name}.onnx").touch()
     return folder
 
 
@@ -199,7 +218,8 @@ def test_a_device_that_was_stopped_goes_on(device: Path, machine: Machine, monke
 
     def stop(path: Path, value: object) -> None:
         write(path, value)
-        raise KeyboardInterrupt
+        if machine.order:
+            raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(runner, "write", stop)
@@ -223,8 +243,29 @@ def test_the_host_is_named() -> None:
     assert all(runner.host().values())
 
 
+@pytest.mark.parametrize(
+    ("files", "name"),
+    [
+        ({"/proc/cpuinfo": "processor\t: 0\nmodel name\t: A 1\nprocessor\t: 1\nmodel name\t: A 1\n"}, "A 1"),
+        (
+            {
+                "/proc/cpuinfo": "processor\t: 0\nCPU implementer\t: 0x41\nCPU part\t: 0xd08\nCPU revision\t: 3\n" * 4,
+                "/proc/device-tree/model": "Raspberry Pi 4 Model B Rev 1.1\0",
+            },
+            "Raspberry Pi 4 Model B Rev 1.1 0x41 0xd08 3",
+        ),
+        ({}, "Apple M3"),
+    ],
+    ids=["x86", "board", "Apple"],
+)
+def test_processors_have_names_of_their_own(files: dict[str, str], name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "_read", lambda path: files.get(path, ""))
+    monkeypatch.setattr(runner, "_apple", lambda: "Apple M3")
+    assert runner.processor() == name
+
+
 def test_a_group_beside_which_others_ran_is_timed_again(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
-    waits = [0.5, 0.2, 0.0, 0.0]
+    waits = [0.5, 0.2, 0.0, 0.0, 0.5, 0.0]
     monkeypatch.setattr(runner, "waiting", lambda since: waits.pop(0))
     ratios: dict[str, dict[str, float]] = {}
     assert measure(ratios)["disturbed"] == 0 and not waits
@@ -233,10 +274,15 @@ def test_a_group_beside_which_others_ran_is_timed_again(machine: Machine, monkey
 
 def test_what_was_disturbed_every_time_is_used_and_not_kept(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = measure({})
-    waits = [0.5, 0.5, 0.5, 0.0]
+    waits = [0.5, 0.5, 0.5, 0.0, 0.0, 0.5, 0.5, 0.5]
     monkeypatch.setattr(runner, "waiting", lambda since: waits.pop(0))
     ratios: dict[str, dict[str, float]] = {}
     assert measure(ratios) == {**wanted, "disturbed": 1}
+    assert len(waits) == 3
+    assert measure({"dense": {"dense": 1.0, "half": 0.5, "third": 2 / 6}, "other": {"other": 1.0, "same": 1.0}}) == {
+        **wanted,
+        "disturbed": 1,  # beside the network
+    }
     assert ratios == {"dense": {"dense": 1.0}, "other": {"other": 1.0, "same": 1.0}}
 
 
@@ -377,10 +423,45 @@ def test_a_kit_that_is_not_there_is_a_plain_message(tmp_path: Path, capsys: pyte
 
 def test_a_device_without_the_provider_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "kit.json").write_text(json.dumps({"groups": [], "rows": [], "bytes": {}, "structure": "abc"}))
+    (tmp_path / "network.onnx").touch()
     with pytest.raises(SystemExit):
         runner.main(tmp_path, ["--provider", "CUDAish"])
     assert "error: provider 'CUDAish' is not in this ONNX Runtime" in capsys.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == ["kit.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["kit.json", "network.onnx"]
+
+
+@pytest.mark.parametrize("name", ["network.onnx", "models/half.onnx"])
+def test_a_kit_that_lacks_a_model_says_so_before_anything_is_timed(
+    name: str, device: Path, machine: Machine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (device / name).unlink()
+    with pytest.raises(SystemExit):
+        runner.main(device, [])
+    assert f"{name} is missing beside this file; copy the whole folder" in capsys.readouterr().err
+    assert machine.order == []
+
+
+@pytest.mark.parametrize(("kit", "found"), [([], "what kit.json should hold"), ({"groups": []}, "'bytes' of kit.json")])
+def test_a_kit_of_something_else_says_so(
+    kit: object, found: str, device: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (device / "kit.json").write_text(json.dumps(kit))
+    with pytest.raises(SystemExit):
+        runner.main(device, [])
+    assert f"{found} is missing beside this file" in capsys.readouterr().err
+
+
+def test_a_folder_that_takes_no_files_says_so_before_anything_is_timed(
+    device: Path, machine: Machine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(path: Path, value: object) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(runner, "write", refused)
+    with pytest.raises(SystemExit):
+        runner.main(device, [])
+    assert "cannot write beside this file" in capsys.readouterr().err
+    assert machine.order == []
 
 
 # --- what is left ---

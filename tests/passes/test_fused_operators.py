@@ -84,3 +84,20 @@ def test_a_batch_norm_in_between_is_folded_on_export(exported: bool) -> None:
 def test_every_call_has_its_own() -> None:
     network = Network(lambda net, y, x: net.conv(F.relu(y)) + x)
     assert found(network, torch.randn(2, 4, 5, 5)) == {"conv": ("relu", "add")}
+
+
+class Residual(nn.Module):
+    """Two convolutions whose outputs are added, as in a residual block that changes the size. Input (2, 4, 5, 5)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.down, self.norm = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.norm(self.conv(x)) + self.down(x))
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_a_sum_of_two_layers_belongs_to_the_later_one(trainable: bool) -> None:
+    example = torch.randn(2, 4, 5, 5)
+    assert found(Residual(), example, trainable=trainable) == {"conv": ("",), "down": ("add_relu",)}

@@ -257,6 +257,10 @@ def test_csv_and_table_hold_the_points() -> None:
     assert lines[-2].split()[0] == "original" and lines[-2].split()[-1] == "1"
     assert "weight:relative" in lines[-1]
     assert "score" not in str(curve(points=2))
+    assert "latency" not in str(found)
+    timed = replace(found, resource="latency", latency_source="estimated")
+    assert str(timed).endswith("; latency is estimated")
+    assert {row["latency_source"] for row in csv.DictReader(io.StringIO(timed.to_csv()))} == {"estimated"}
 
 
 @pytest.mark.parametrize("evaluate", [None, constant])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -109,7 +110,7 @@ def test_what_is_in_time_is_kept_where_later_networks_are_not(timed: list[bytes 
     ratios[:] = [0.7, 1.6, 1.6]
     result = compress("latency=60%")
     measured = result.report.measured
-    assert measured is not None and measured.plans == 1 and measured.ratio < 0.6
+    assert measured is not None and measured.plans == 3 and measured.ratio < 0.6
     assert any("left unused: asked 60.0%" in note and "no plan made anew" in note for note in result.report.notes)
 
 
@@ -147,8 +148,27 @@ def test_a_table_of_another_device_is_planned_with(timed: list[bytes | str], rat
 
 def test_a_guard_by_a_table_says_that_nothing_was_timed_here(timed: list[bytes | str], ratios: list[float]) -> None:
     result = compress("flops=60%", latency=measured_once(), guard="measured")
-    assert any("the network itself was not timed" in note for note in result.report.notes)
-    assert not any("was not timed" in note for note in compress("latency=60%", latency=measured_once()).report.notes)
+    for found in (result, compress("latency=60%", latency=measured_once())):
+        assert any("the network itself was not timed" in note for note in found.report.notes)
+    assert not any("was not timed" in note for note in compress("flops=60%", latency=measured_once()).report.notes)
+
+
+def test_a_runtime_that_is_not_the_table_s_is_refused(timed: list[bytes | str]) -> None:
+    with pytest.raises(OptionError, match=r"runtime is .*2 threads, and the latency table was measured in .*1 thread;"):
+        compress("latency=60%", latency=measured_once(), runtime=Runtime(threads=2))
+    assert compress("latency=60%", latency=measured_once(), runtime=Runtime()).plan.latency_source == "measured"
+
+
+def test_a_plan_edited_after_its_times_were_measured_has_estimates(timed: list[bytes | str]) -> None:
+    planned = tdfx.plan(with_latency(profiled(), measured_once()), "latency=60%")
+    kept = tdfx.apply(network(), INPUT, planned)
+    assert kept.plan.latency_source == "measured" and kept.after.latency_s == planned.after.latency_s
+    changed = [c.site for c in planned.candidates if not c.is_dense]
+    dense = tuple(replace(c, method="dense", rank=()) for c in planned.candidates)
+    found = tdfx.apply(network(), INPUT, replace(planned, candidates=dense))
+    assert found.plan.latency_source == "estimated" and found.after.latency_s == found.before.latency_s
+    note = f"{', '.join(changed)} changed after latency was measured: it is estimated now"
+    assert note in found.report.notes
 
 
 def test_a_rule_whose_network_is_slower_is_refused_by_the_guard(timed: list[bytes | str], ratios: list[float]) -> None:

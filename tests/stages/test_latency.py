@@ -25,6 +25,7 @@ from tdfx.stages.latency import (
     corrected_times,
     measure_latency,
     measured_rank_grid,
+    notes_on,
     timed_structure,
     with_latency,
     write_latency_kit,
@@ -212,6 +213,38 @@ def test_tables_of_other_networks_are_refused(table: LatencyTable) -> None:
         measure_latency(captured(), replace(profiled(), structure="other"))
 
 
+def test_a_table_of_other_layers_names_them(table: LatencyTable) -> None:
+    fewer = tdfx.profile(captured(), methods=["svd", "spatial_svd", "tucker2"], rank_multiple=4, exclude=["2"])
+    with pytest.raises(PlanError, match="the latency table holds besides 2, unlike the profile; measure this profile"):
+        with_latency(fewer, table)
+    kept = tuple(row for row in table.rows if row.site not in ("2", "4"))
+    with pytest.raises(PlanError, match="the latency table lacks 2, 4, unlike the profile"):
+        with_latency(profiled(), replace(table, rows=kept))
+
+
+def test_ranks_off_the_device_s_grid_are_told(table: LatencyTable) -> None:
+    assert notes_on(table, profiled()) == notes_on(replace(table, rank_grid=4), profiled()) == ()
+    (note,) = notes_on(replace(table, rank_grid=8), profiled())
+    assert note.startswith("ranks are multiples of 4, and the device's grid is 8: profile with rank_multiple=8")
+    assert notes_on(replace(table, rank_grid=8, disturbed=1), profiled())[1:] == (note,)
+
+
+def test_a_session_that_does_not_open_is_a_plain_error(
+    timed: list[bytes | str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(model: bytes | str, runtime: Any) -> runner.Run:
+        raise ValueError("provider 'Fast' does not start here")
+
+    monkeypatch.setattr(runner, "session_run", refused)
+    for work in (
+        lambda: measure_latency(captured(), profiled()),
+        lambda: measured_rank_grid(Runtime()),
+        lambda: guard_stage.with_time(captured(), compress("flops=60%"), Runtime()),
+    ):
+        with pytest.raises(OptionError, match="latency cannot be measured: provider 'Fast' does not start here"):
+            work()
+
+
 def test_times_for_inputs_of_other_shapes_are_refused(timed: list[bytes | str], table: LatencyTable) -> None:
     larger = tdfx.capture(network()[:6], torch.randn(1, 3, 16, 16))
     profile = tdfx.profile(larger, methods=["spatial_svd"])
@@ -296,7 +329,7 @@ def test_disturbed_times_are_told_and_not_kept(
 ) -> None:
     monkeypatch.setattr(runner, "waiting", lambda since: 0.5)
     table = measure_latency(captured(), profiled(), cache_dir=tmp_path)
-    assert table.disturbed == 4 and "other processes ran while 4 groups" in str(table)
+    assert table.disturbed == 5 and "other processes ran while 5 groups" in str(table)  # the network counts as one
     assert replace(table, disturbed=0) == measured_once()
     assert not list(tmp_path.glob("latency-*.json"))
     ratios[:] = [1.0]
