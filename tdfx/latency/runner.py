@@ -29,7 +29,7 @@ VERSION = 2  # of latency.json
 CPU = "CPUExecutionProvider"
 TRIES = 3  # of a group, until nothing else takes its processor
 MOST_WAITING = 0.1  # share of the time for which a thread may wait
-MOST_WAITING_OF_SEVERAL = 0.25  # the same where it also waits for others of its own operators
+MOST_WAITING_OF_SEVERAL = 0.4  # the same where it also waits for others of its own, of small operators above all
 CONFIG = {"session.force_spinning_stop": "1"}
 """By default: threads of a session that is done would go on spinning, and take the processors of the next one's."""
 ROUNDS = (7, 60)  # of a group, at least and at most
