@@ -81,6 +81,7 @@ def test_weights_are_int8_with_a_scale_for_each_output_channel(exported: tuple[P
         if node.op_type == "DequantizeLinear" and node.input[0] in held and held[node.input[0]].dtype == np.int8
     ]
     assert sorted(scale.shape for _, scale, _ in weights) == [(10,), (16,), (16,), (24,)]
+    assert {int(np.abs(weight.astype(int)).max()) for weight, _, _ in weights} <= {63, 64}  # of seven bits
     activations = [held[node.input[2]].dtype for node in graph.node if node.op_type == "QuantizeLinear"]
     assert set(activations) == {np.dtype(np.uint8)}
 

@@ -117,7 +117,8 @@ def test_networks_compute_the_same(name: str, trainable: bool) -> None:
     assert snapshot(model) == before
     same(captured.module(*args), model.eval()(*args), 1e-4)
     # In training, attention is written out for the dropout of its weights; the gates of recurrent layers are always.
-    rounding = name in ("transformer", "recurrent")
+    # A product with a weight is a layer's then, which some processors round otherwise.
+    rounding = name in ("transformer", "recurrent", "functional")
     assert captured.max_rel_diff <= (1e-6 if rounding else 0.0 if trainable else 1e-5)
     assert captured.workloads == count(model, args, {})
     tier = "export" if name in EXPORTED else "fx"
@@ -315,7 +316,7 @@ def test_a_functional_layer_on_a_parameter_is_captured_as_a_layer() -> None:
     model, args = build("functional")
     captured = capture(model, args)
     assert calls(captured) == ["first", "kernel", "last"]
-    same(captured.module(*args), model(*args))
+    same(captured.module(*args), model(*args), 1e-6)
 
 
 def test_shared_modules_and_tied_weights_stay_shared() -> None:
