@@ -57,10 +57,9 @@ class FusedOperators(AnalysisPass[dict[str, tuple[Fused, ...]]]):
     def _later_term(self, graph_module: fx.GraphModule, addition: fx.Node) -> fx.Node | None:
         """The last of the layers of interest that are added, which is the one that runtimes fuse the sum with."""
         names = {layer.name for site in self.sites for layer in site.layers}
-        order = {node: place for place, node in enumerate(graph_module.graph.nodes)}
         calls = [_behind_batch_norm(graph_module, term) for term in addition.all_input_nodes]
         found = [call for call in calls if call.op == "call_module" and call.target in names]
-        return max(found, key=order.__getitem__, default=None)
+        return max(found, default=None)
 
     def _is_add(self, node: fx.Node) -> bool:
         """Whether it is a sum of two tensors of the same shape."""

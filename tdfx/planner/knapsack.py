@@ -22,7 +22,7 @@ from scipy.optimize import Bounds, LinearConstraint, linprog, milp
 from scipy.sparse import csr_array
 
 from tdfx.planner import FloatArray, Infeasible, IntArray
-from tdfx.planner.partial_choices import least_choice
+from tdfx.planner.partial_choices import least_choice, undominated
 from tdfx.planner.table import Table, at_least, check, polish
 
 KEPT = (300, 3_000, 30_000)
@@ -146,15 +146,8 @@ def _shifted(table: Table, limits: IntArray) -> tuple[FloatArray, FloatArray, Fl
 
 def _undominated(table: Table) -> IntArray:
     """Rows without those that another one of the same site matches or beats in value and in every cost."""
-    front: list[int] = []
-    for rows in np.split(np.arange(table.site.size), table.starts[1:]):
-        cost = table.cost[rows]
-        kept: list[int] = []
-        for i in np.lexsort((*cost.T, table.value[rows])).tolist():
-            if not (cost[kept] <= cost[i]).all(axis=1).any():
-                kept.append(i)
-        front += sorted(rows[kept].tolist())
-    return np.array(front)
+    sites = np.split(np.arange(table.site.size), table.starts[1:])
+    return np.concatenate([rows[undominated(table.value[rows], table.cost[rows])] for rows in sites])
 
 
 def _reduce(table: Table, rows: IntArray, limits: IntArray, most_value: float) -> IntArray | None:

@@ -55,7 +55,7 @@ def least_choice(
         kept = kept[np.argsort(totals_of[kept], kind="stable")]
         is_proven &= kept.size <= WIDEST * most_kept
         kept = kept[: WIDEST * most_kept]
-        kept = kept[_undominated(values[parent[kept]] + value[row[kept]], costs[parent[kept]] + cost[row[kept]])]
+        kept = kept[undominated(values[parent[kept]] + value[row[kept]], costs[parent[kept]] + cost[row[kept]])]
         is_proven &= kept.size <= most_kept
         kept = kept[:most_kept]
         if not kept.size:
@@ -70,7 +70,7 @@ def least_choice(
     return np.array(chosen[::-1]), is_proven
 
 
-def _undominated(value: FloatArray, cost: IntArray) -> IntArray:
+def undominated(value: FloatArray, cost: IntArray) -> IntArray:
     """Which of these no other one matches or beats in value and in every cost, in their order; of equal ones one."""
     # None is dominated by one that comes after it in an order by value, then by costs.
     order = np.lexsort((*cost.T, value))
