@@ -387,6 +387,10 @@ def test_the_commands_write_int8_beside(folder: Path) -> None:
     stdout, _ = tdfx_command("export", "out", "--quantize", "int8", *data, "--evaluate", "score.py:size")
     assert "int8, calibrated on 8 samples; differs by" in stdout
     assert "x as fast as float32" in stdout and "; score 1, of float32 1" in stdout
+    before = Path("out/model.int8.onnx").read_bytes()
+    _, stderr = tdfx_command("export", "out", "--quantize", "int8", *data, "--rtol", "1e-6", code=1)
+    assert "int8 file differs" in stderr and "allowed: 1e-06" in stderr
+    assert Path("out/model.int8.onnx").read_bytes() == before
     assert "note: out/model.int8.onnx was there before" in tdfx_command("export", "out")[0]
     _, stderr = tdfx_command("export", "out", *data, code=2)
     assert "--data" in stderr and "it is for --quantize" in stderr

@@ -55,6 +55,7 @@ METRIC_HELP = "Of the errors: loss with --data, weight:relative without; or feat
 DATA_HELP = "Unlabeled inputs: .npy, .npz, .pt, a folder of images, or package.module:function or file.py:function."
 CORRECT_HELP = "Give the outputs of compressed layers their mean back, and with --data their spread."
 QUANTIZE_HELP = "Also write model.int8.onnx: calibrated on --data; without, ranges are found anew in every run."
+RTOL_HELP = "Most that outputs may differ, of the largest: the int8 file's with --quantize, else the float32 one's."
 SESSION_CONFIG_HELP = "Of ONNX Runtime's session where latency is measured, e.g. session.intra_op.allow_spinning=0."
 CAPTURE_HELP = "fx: symbolic tracing, export: torch.export, inplace: no graph, the model's Python code stays."
 DYNAMIC_HELP = "Sizes that stay free besides the batch's, e.g. input_ids:1=sequence; one for each dimension."
@@ -93,5 +94,6 @@ CacheDir = Annotated[str | None, Option(metavar="DIR", help=CACHE_HELP)]
 Opset = Annotated[int | None, Option(min=LEAST_OPSET, help="ONNX operator set; torch's if left out.")]
 FixedBatch = Annotated[bool, Option("--fixed-batch", help=FIXED_HELP)]
 Dynamic = Annotated[list[str] | None, Option("--dynamic", metavar="INPUT:DIM=NAME", help=DYNAMIC_HELP)]
+Rtol = Annotated[float | None, Option(help=RTOL_HELP)]
 Quantize = Annotated[Quantized | None, Option(help=QUANTIZE_HELP)]
 Debug = Annotated[bool, Option("--debug", help="Show the traceback of an error.")]

@@ -326,6 +326,7 @@ def export(
     mean: given.Mean = None,
     std: given.Std = None,
     evaluate: Annotated[str | None, typer.Option(metavar="FUNCTION", help=EVALUATE_HELP)] = None,
+    rtol: given.Rtol = None,
     debug: given.Debug = False,
 ) -> None:
     """Write a saved result as a verified ONNX file, into its folder; with --quantize also in int8."""
@@ -340,7 +341,7 @@ def export(
         source = Source.of(data, samples, mean, std, "auto")
         calibration = None if source is None else source.read(capture_model(result.module, args, kwargs))
         with output_folder(folder) as output:
-            written = write_onnx(output, result, args, kwargs, opset, free, quantize, calibration, samples, score)
+            written = write_onnx(output, result, args, kwargs, opset, free, quantize, calibration, samples, score, rtol)
         typer.echo(f"{_exported(folder, written)}{_stale(folder, quantize)}")
 
 

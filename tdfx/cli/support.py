@@ -232,11 +232,12 @@ def write_onnx(
     calibration: object = None,
     samples: int | None = None,
     evaluate: Evaluate | None = None,
+    rtol: float | None = None,
 ) -> ExportReport:
     """Writes all files of a result, the network as ``model.onnx`` and, if asked for, ``model.int8.onnx`` among them.
 
     Raises:
-        ExportError, InputError, VerificationError: as for ``export_onnx``.
+        ExportError, InputError, OptionError, VerificationError: as for ``export_onnx``.
     """
     export = export_onnx(
         result.module,
@@ -244,6 +245,7 @@ def write_onnx(
         args,
         kwargs,
         dynamic=dynamic,
+        rtol=rtol,
         opset=opset,
         quantize=None if quantize is None else quantize.value,
         calibration=calibration,

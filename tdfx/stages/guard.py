@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -50,7 +51,8 @@ def carry_out_measured(
 ) -> Result:
     """Compresses and times; does so anew, at most twice, where the time is over a tenth off what was asked.
 
-    All times are then corrected so that the last network's would have been predicted. A network that is faster than
+    All times are then corrected so that the last network's would have been predicted, or where nothing were within the
+    limit by such times as far as it stays reachable: then the quickest plan is next. A network that is faster than
     predicted makes way for one that uses the time.
 
     Args:
@@ -77,12 +79,14 @@ def carry_out_measured(
                 if not found:
                     raise
                 break  # by times that are corrected for the last network; that one is there
+            if any(_same_choice(result.plan, earlier.plan) for earlier, _ in found):
+                break
             measured = time_against_original(captured, original, result, runtime)
             found.append((result, measured))
             is_late = bool(_missed(result.plan, budget, measured, guard))
             if budget is None or not (is_late or _is_too_quick(budget, measured)):
                 break
-            profile = corrected_times(profile, result.plan, measured)
+            profile = _corrected(profile, budget, result.plan, measured, guard)
     in_time = [f for f in found if not _missed(f[0].plan, budget, f[1], guard)]
     result, measured = in_time[-1] if in_time else min(found, key=lambda f: f[1].ratio)
     measured = replace(measured, plans=len(found))
@@ -131,6 +135,29 @@ def measured_of(original: list[float], compressed: list[float], chosen: Plan, ru
         plans=1,
         runtime=runtime,
     )
+
+
+def _same_choice(one: Plan, other: Plan) -> bool:
+    ours, theirs = ([(c.site, c.method, c.rank) for c in chosen.candidates] for chosen in (one, other))
+    return ours == theirs
+
+
+def _corrected(profile: Profile, budget: Budget, chosen: Plan, measured: Measured, guard: str) -> Profile:
+    """Times corrected for a network, as far as some network stays within the limit of latency."""
+
+    def corrected(percent: int) -> Profile:
+        return corrected_times(profile, chosen, measured, part=percent / 100)
+
+    asked = _asked(budget, measured)
+    if asked is None:
+        return corrected(100)
+
+    def is_out_of_reach(percent: int) -> bool:
+        found = corrected(percent)
+        least = least_amount(found, LATENCY, slower=guard != MEASURED)
+        return least > asked * RESOURCES[LATENCY](found.before)
+
+    return corrected(max(bisect_left(range(101), True, key=is_out_of_reach) - 1, 0))
 
 
 def _missed(chosen: Plan, budget: Budget | None, measured: Measured, guard: str) -> str:

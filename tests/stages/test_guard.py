@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 from timed_networks import INPUT, compress, measured_once, network, profiled
+from torch import nn
 
 import tdfx
 from tdfx.errors import BudgetError, OptionError
 from tdfx.records.latency import Measured, Runtime
 from tdfx.records.result import Result
 from tdfx.stages import guard as guard_stage
-from tdfx.stages.latency import (
-    with_latency,
-)
+from tdfx.stages.frontier import least_amount
+from tdfx.stages.latency import with_latency
 
 
 def test_a_network_in_time_is_returned_at_once(timed: list[bytes | str], ratios: list[float]) -> None:
@@ -63,10 +63,23 @@ def test_a_limit_in_seconds_holds_for_the_seconds_measured(
 def test_a_network_that_misses_is_handed_over_where_nothing_is_quicker(
     timed: list[bytes | str], ratios: list[float]
 ) -> None:
-    ratios[:] = [3.0]
-    with pytest.warns(UserWarning, match=r"asked 2.0% of the original's time, measured \d+.\d%; 1 plan was made"):
+    ratios[:] = [3.0, 3.0]  # the third plan would be the second one again
+    with pytest.warns(UserWarning, match=r"asked 2.0% of the original's time, measured \d+.\d%; 2 plans were made"):
         result = compress("latency=2%")
     assert result.report.measured is not None
+
+
+def test_the_quickest_plan_is_timed_where_corrected_times_leave_nothing_in_reach(
+    timed: list[bytes | str], ratios: list[float]
+) -> None:
+    ratios[:] = [3.0, 1.0]
+    result = compress("latency=2%")
+    table = with_latency(profiled(), measured_once())
+    least = least_amount(table, "latency") * 1e-9 / measured_once().network_s
+    assert least < 0.02 < 3 * least
+    measured = result.report.measured
+    assert measured is not None and measured.plans == 2 and measured.ratio <= 0.02
+    assert result.plan.candidates != tdfx.plan(table, "latency=2%").candidates
 
 
 def test_after_three_plans_the_user_is_told(timed: list[bytes | str], ratios: list[float]) -> None:
@@ -120,9 +133,14 @@ def test_time_that_no_choice_takes_is_explained(timed: list[bytes | str], ratios
     assert any("left unused" in note and "no choice of methods" in note for note in result.report.notes)
 
 
+def kept(module: nn.Module) -> float:
+    """A score that every parameter counts in."""
+    return float(sum(parameter.numel() for parameter in module.parameters()))
+
+
 def test_a_drop_with_latency_is_planned_anew(timed: list[bytes | str], ratios: list[float]) -> None:
-    ratios[:] = [60.0, 1.0]
-    result = compress("drop=50%,latency=60%", evaluate=lambda module: 1.0, minimize="params")
+    ratios[:] = [1.6, 1.0]
+    result = compress("drop=50%,latency=60%", evaluate=kept, minimize="params")
     measured = result.report.measured
     assert measured is not None and measured.plans == 2 and measured.ratio <= 0.6
 
