@@ -49,14 +49,17 @@ def enliven(case: Case) -> None:
     """Makes every part of a network count in its outputs, as it does in a trained one; leaves it in eval mode.
 
     Parameters that start as one constant (biases of 0, scales of residual branches of 1e-6 or 0) get values that
-    differ, scales of BatchNorm that start near 0 values around 1, matrices and kernels that start near 0 a size that
-    keeps that of their inputs, and a few runs in train mode give BatchNorm its statistics.
+    differ, scales and biases of BatchNorm values around 1, matrices and kernels that start near 0 a size that keeps
+    that of their inputs, and a few runs in train mode give BatchNorm its statistics. With biases of 0 differences,
+    those of rounding too, would grow exponentially in depth where a ReLU follows, less so nearer to where it is linear
+    (Yang et al. 2019, A Mean Field Theory of Batch Normalization, arXiv 1902.08129).
     """
     norms = [module for module in case.model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     with torch.no_grad():
         for norm in norms:
             if norm.affine:
                 norm.weight.fill_(1.0)
+                norm.bias.fill_(1.0)
         for parameter in case.model.parameters():
             if (
                 parameter.is_floating_point()
@@ -70,9 +73,7 @@ def enliven(case: Case) -> None:
                 parameter.mul_(max(1.0, wanted / max(float(parameter.std()), 1e-6)))
         momenta = [norm.momentum for norm in norms]
         for norm in norms:
-            norm.momentum = (
-                None  # the mean of all runs; a trained network's statistics hold nothing of the first 0 and 1
-            )
+            norm.momentum = None  # the mean of all runs: a trained network's hold nothing of the first 0 and 1
             norm.reset_running_stats()
         case.model.train()
         for _ in range(TRAIN_RUNS):

@@ -160,9 +160,9 @@ MODELS: dict[str, Factory] = {
     "densenet": on_images(
         models.DenseNet, growth_rate=16, block_config=(2, 2, 2, 2), num_init_features=32, num_classes=CLASSES
     ),
-    "googlenet": on_images(models.GoogLeNet, num_classes=CLASSES, aux_logits=False, init_weights=False),
+    "googlenet": on_images(models.GoogLeNet, num_classes=CLASSES, aux_logits=False, init_weights=False, size=128),
     "inception_v3": on_images(
-        models.Inception3, num_classes=CLASSES, aux_logits=False, init_weights=False, size=80
+        models.Inception3, num_classes=CLASSES, aux_logits=False, init_weights=False, size=139
     ),
     "squeezenet": on_images(models.squeezenet1_1, num_classes=CLASSES),
     "mobilenet_v2": on_images(models.mobilenet_v2, width_mult=0.35, num_classes=CLASSES),
@@ -193,7 +193,7 @@ MODELS: dict[str, Factory] = {
         short_video_resnet, [video_resnet.Conv3DSimple] + [video_resnet.Conv3DNoTemporal] * 3, video_resnet.BasicStem
     ),
     "r2plus1d": on_clips(short_video_resnet, [video_resnet.Conv2Plus1D] * 4, video_resnet.R2Plus1dStem),
-    "s3d": on_clips(s3d, frames=16, size=64),
+    "s3d": on_clips(s3d, frames=16, size=128),
     "swin3d": on_clips(narrow_swin3d),
     "mvit": on_clips(narrow_mvit),
 }  # fmt: skip
