@@ -122,8 +122,8 @@ def measured_rows(
         return str(multiple), asked, *_cells(result, measured), f"{left} of {len(result.plan.candidates)}"
 
     def measured(asked: str, guard: str) -> tdfx.Result:
-        def make(profile: Profile) -> tdfx.Result:
-            return carry_out(captured, tdfx.plan(profile, asked, slower=guard != "measured"))
+        def make(profile: Profile, within: Budget | None) -> tdfx.Result:
+            return carry_out(captured, tdfx.plan(profile, within, slower=guard != "measured"))
 
         return carry_out_measured(captured, timed, Budget.parse(asked), make, runtime=runtime, guard=guard)
 

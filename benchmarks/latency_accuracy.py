@@ -58,7 +58,7 @@ def main() -> None:
             captured,
             tdfx.with_latency(profiled, table),
             budget,
-            lambda found: carry_out(captured, tdfx.plan(found, budget), moments=moments),  # noqa: B023
+            lambda found, within: carry_out(captured, tdfx.plan(found, within), moments=moments),  # noqa: B023
             runtime=runtime,
             guard="estimated",
         )

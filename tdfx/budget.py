@@ -6,7 +6,7 @@ import difflib
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from fractions import Fraction
 
@@ -195,6 +195,14 @@ class Budget:
             raise _refusal(f"expected {DROP} once, found {text!r}")
         limits = tuple(Limit.parse("".join(part)) for part in parts if part[0].strip().lower() != DROP)
         return cls(limits, Drop.parse(drops[0]) if drops else None)
+
+    def with_limit(self, limit: Limit) -> Budget:
+        """The budget with this limit in place of its own on the same resource, if it has one."""
+        return replace(self, limits=(*self.without(limit.resource), limit))
+
+    def without(self, resource: str) -> tuple[Limit, ...]:
+        """The limits on other resources."""
+        return tuple(limit for limit in self.limits if limit.resource != resource)
 
     def resolve(self, before: Cost) -> dict[str, int]:
         """The largest whole amounts allowed of "macs", "params", "bytes" and "latency" (in nanoseconds), where limited.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -93,3 +94,12 @@ def compress(budget: str, **options: Any) -> Result:
     return tdfx.compress(
         network(), INPUT, budget=budget, methods=["svd", "spatial_svd", "tucker2"], rank_multiple=4, **options
     )
+
+
+@dataclass
+class Machine:
+    """How a machine differs from that of the table; how many networks it has timed."""
+
+    pace: float = 1.0
+    chain: float = 1.0
+    plans: int = 0

@@ -21,6 +21,7 @@ from tdfx.records.latency import LatencyTable, Runtime
 from tdfx.records.plan import MEASURED
 from tdfx.records.profile import Profile
 from tdfx.records.result import Result
+from tdfx.scores import Scores
 from tdfx.stages.apply import carry_out, check_verify
 from tdfx.stages.calibrate import calibrate
 from tdfx.stages.capture import Model
@@ -89,7 +90,7 @@ def compress(
         calibration: unlabeled inputs as for ``calibrate``, or the ``Moments`` that it returned; a few hundred do.
         output: what the loss takes outputs for: "logits", "values" or "auto".
         correct: correct the biases of what is compressed, and with calibration inputs the spread of its outputs.
-        planner: name of a planner.
+        planner: name of a planner; plans that are made anew with a limit of latency besides take "knapsack".
         target: runtime the result is meant for, so that chains estimated slower than dense are not offered; None for no
             estimate.
         guard: "measured" times every choice in ONNX Runtime and the network at the end: it is faster than the original,
@@ -175,31 +176,34 @@ def compress(
     if latency is not None:
         profiled = with_latency(profiled, latency)
 
-    def carried_out(found: Profile) -> Result:
+    scores = None if evaluate is None else Scores(captured, evaluate, moments=moments, cache_dir=cache_dir)
+
+    def carried_out(found: Profile, within: Budget | None) -> Result:
         slower = guard != MEASURED
-        if asked is None or evaluate is None:
+        solver = planner if within == (asked or parsed) else "knapsack"  # takes another limit as well
+        if asked is None or within is None or evaluate is None:
             with timed(timings, "plan"):
-                chosen = plan(found, parsed, planner=planner, slower=slower)
+                chosen = plan(found, within, planner=solver, slower=slower)
             return carry_out(captured, chosen, moments=moments, verify=verify)
         with timed(timings, "search"):
             return cheapest(
                 captured,
                 found,
-                asked,
+                within,
                 minimize=minimize,
                 evaluate=evaluate,
                 moments=moments,
-                planner=planner,
+                planner=solver,
                 slower=slower,
                 verify=verify,
-                cache_dir=cache_dir,
+                scores=scores,
                 progress=progress,
             )
 
     if measures:
         result = carry_out_measured(captured, profiled, asked or parsed, carried_out, runtime=runtime, guard=guard)
     else:
-        result = carried_out(profiled)
+        result = carried_out(profiled, asked or parsed)
     for note in result.plan.notes:
         warnings.warn(note, stacklevel=2)
     timings |= result.report.timings_s

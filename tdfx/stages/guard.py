@@ -6,10 +6,11 @@ import math
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import replace
+from decimal import Decimal
 from pathlib import Path
 from statistics import median, quantiles
 
-from tdfx.budget import LATENCY, RESOURCES, Budget
+from tdfx.budget import LATENCY, RESOURCES, Budget, Limit
 from tdfx.errors import BudgetError, OptionError
 from tdfx.latency import runner
 from tdfx.onnx_export import export_onnx
@@ -20,13 +21,16 @@ from tdfx.records.profile import Profile
 from tdfx.records.result import Result
 from tdfx.stages.frontier import least_amount
 from tdfx.stages.latency import FASTER, corrected_times, original_file, refused_by_runtime
-from tdfx.stages.plan import written
+from tdfx.stages.plan import plan, written
 from tdfx.tables import share
 
 MOST_PLANS = 3
 TOLERANCE = 1.1  # of what was asked for, before a plan is made anew
 LEAST_USED = 0.9  # of the same
+STEPS = 1000  # that the least latency beside other limits is found to, of what they leave open
 GUARDS = (ESTIMATED, MEASURED)
+
+_FASTER_LIMIT = Limit(LATENCY, Decimal(str(FASTER)), share=True)
 
 
 def check_guard(guard: str) -> None:
@@ -44,24 +48,24 @@ def carry_out_measured(
     captured: Capture,
     profile: Profile,
     budget: Budget | None,
-    carry_out: Callable[[Profile], Result],
+    carry_out: Callable[[Profile, Budget | None], Result],
     *,
     runtime: Runtime,
     guard: str,
 ) -> Result:
     """Compresses and times; does so anew, at most twice, where the time is over a tenth off what was asked.
 
-    All times are then corrected so that the last network's would have been predicted, or where nothing were within the
-    limit by such times as far as it stays reachable: then the quickest plan is next. A network that is faster than
-    predicted makes way for one that uses the time.
+    All times are then corrected so that the last network's would have been predicted. A network that is slower than the
+    original also gets a limit of latency besides, and one that is faster than predicted makes way for one that uses
+    the time. Where no network is within the limit by corrected times, the quickest one is next.
 
     Args:
         captured: what ``capture`` returned.
         profile: with measured latencies.
         budget: None for a rank rule, which leaves nothing to do anew.
-        carry_out: plans within the budget and compresses.
+        carry_out: plans within a budget and compresses.
         runtime: that times are taken in.
-        guard: "measured" also for a network that must be faster than the original whatever the budget.
+        guard: "measured" for a network that must be faster than the original whatever the budget.
 
     Returns:
         The last network that keeps the limit, else the quickest one; its report says what was predicted and measured,
@@ -71,10 +75,11 @@ def carry_out_measured(
         BudgetError: not reachable; with the guard also where every network within the budget is slower.
     """
     found: list[tuple[Result, Measured]] = []
+    within = budget
     with original_file(captured) as original:
         while len(found) < MOST_PLANS:
             try:
-                result = carry_out(profile)
+                result = _next(profile, within, carry_out, guard) if found else carry_out(profile, within)
             except BudgetError:
                 if not found:
                     raise
@@ -84,9 +89,11 @@ def carry_out_measured(
             measured = time_against_original(captured, original, result, runtime)
             found.append((result, measured))
             is_late = bool(_missed(result.plan, budget, measured, guard))
-            if budget is None or not (is_late or _is_too_quick(budget, measured)):
+            if budget is None or within is None or not (is_late or _is_too_quick(budget, measured)):
                 break
-            profile = _corrected(profile, budget, result.plan, measured, guard)
+            profile = corrected_times(profile, result.plan, measured)
+            if _is_slow(result.plan, measured, guard):
+                within = _faster(within, measured)
     in_time = [f for f in found if not _missed(f[0].plan, budget, f[1], guard)]
     result, measured = in_time[-1] if in_time else min(found, key=lambda f: f[1].ratio)
     measured = replace(measured, plans=len(found))
@@ -96,7 +103,8 @@ def carry_out_measured(
     plans = f"{len(found)} plan{'s were' if len(found) > 1 else ' was'} made"
     warning = (f"latency is missed: {missed}; {plans}",) if missed else ()
     notes = (*result.report.notes, *warning, *_unused(budget, measured))
-    carried_out = replace(result.plan, notes=(*result.plan.notes, *warning))
+    asked = result.plan.budget if budget is None else str(budget)
+    carried_out = replace(result.plan, budget=asked, notes=(*result.plan.notes, *warning))
     report = replace(result.report, plan=carried_out, measured=measured, notes=notes)
     return replace(result, plan=carried_out, report=report)
 
@@ -137,37 +145,68 @@ def measured_of(original: list[float], compressed: list[float], chosen: Plan, ru
     )
 
 
+def _next(
+    profile: Profile, within: Budget | None, carry_out: Callable[[Profile, Budget | None], Result], guard: str
+) -> Result:
+    """The network of a budget by corrected times, or the quickest where they leave none within a limit of latency."""
+    try:
+        return carry_out(profile, within)
+    except BudgetError:
+        if within is None or not limits_latency(within):
+            raise
+    return carry_out(profile, _quickest(profile, within, slower=guard != MEASURED))
+
+
+def _quickest(profile: Profile, within: Budget, *, slower: bool) -> Budget:
+    """The budget with its limit of latency at the least that its other limits leave, to a part of STEPS.
+
+    Raises:
+        BudgetError: the other limits are not reachable.
+    """
+    others = within.without(LATENCY)
+    least = most = least_amount(profile, LATENCY, slower=slower)
+    if others:
+        most = RESOURCES[LATENCY](plan(profile, Budget(others), slower=slower).after)
+
+    def is_reachable(amount: int) -> bool:
+        try:
+            plan(profile, Budget((*others, _at_most(amount))), slower=slower)
+        except BudgetError:
+            return False
+        return True
+
+    steps = [*range(least, most, max((most - least) // STEPS, 1)), most]
+    return within.with_limit(_at_most(steps[bisect_left(steps, True, hi=len(steps) - 1, key=is_reachable)]))
+
+
+def _at_most(nanoseconds: int) -> Limit:
+    return Limit(LATENCY, Decimal(nanoseconds), share=False)
+
+
+def _faster(within: Budget, measured: Measured) -> Budget:
+    """The budget with a limit of latency under which a network counts as faster than the original."""
+    asked = _asked(within, measured)
+    return within if asked is not None and asked <= FASTER else within.with_limit(_FASTER_LIMIT)
+
+
 def _same_choice(one: Plan, other: Plan) -> bool:
     ours, theirs = ([(c.site, c.method, c.rank) for c in chosen.candidates] for chosen in (one, other))
     return ours == theirs
 
 
-def _corrected(profile: Profile, budget: Budget, chosen: Plan, measured: Measured, guard: str) -> Profile:
-    """Times corrected for a network, as far as some network stays within the limit of latency."""
-
-    def corrected(percent: int) -> Profile:
-        return corrected_times(profile, chosen, measured, part=percent / 100)
-
-    asked = _asked(budget, measured)
-    if asked is None:
-        return corrected(100)
-
-    def is_out_of_reach(percent: int) -> bool:
-        found = corrected(percent)
-        least = least_amount(found, LATENCY, slower=guard != MEASURED)
-        return least > asked * RESOURCES[LATENCY](found.before)
-
-    return corrected(max(bisect_left(range(101), True, key=is_out_of_reach) - 1, 0))
+def _is_slow(chosen: Plan, measured: Measured, guard: str) -> bool:
+    """Whether a network that is compressed is slower than the original, with the guard also if it is hardly faster."""
+    compressed = any(not candidate.is_dense for candidate in chosen.candidates)
+    return compressed and measured.ratio > (FASTER if guard == MEASURED else 1)
 
 
 def _missed(chosen: Plan, budget: Budget | None, measured: Measured, guard: str) -> str:
     """What the network's time misses, "" if nothing."""
-    compressed = any(not candidate.is_dense for candidate in chosen.candidates)
-    if guard == MEASURED and compressed and measured.ratio > FASTER:
-        return f"the network takes {measured.ratio:.1%} of the original's time"
     asked = _asked(budget, measured)
     if asked is not None and measured.ratio > TOLERANCE * asked:
         return f"asked {asked:.1%} of the original's time, measured {measured.ratio:.1%}"
+    if _is_slow(chosen, measured, guard):
+        return f"the network takes {measured.ratio:.1%} of the original's time"
     return ""
 
 
@@ -192,8 +231,10 @@ def _unused(budget: Budget | None, measured: Measured) -> tuple[str, ...]:
     asked, predicted = _asked(budget, measured), measured.predicted_ratio
     if asked is None or asked >= 1 or predicted is None or measured.ratio >= LEAST_USED * asked:
         return ()
+    if budget is not None and budget.drop is not None:
+        return ()  # what is left of the time is not what the search was for
     if predicted < LEAST_USED * asked:
-        why = "no choice of methods and ranks within the budget that takes longer has a smaller error"
+        why = "no plan within the budget that takes longer was found to have a smaller error"
     else:
         why = f"predicted were {predicted:.1%}, and no plan made anew after that came nearer in time"
     return (f"latency is left unused: asked {asked:.1%} of the original's time, measured {measured.ratio:.1%}; {why}",)

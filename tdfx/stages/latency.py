@@ -273,16 +273,10 @@ def _overhead(profile: Profile, network_s: float, dense_s: Mapping[str, float]) 
     return taken_s
 
 
-def corrected_times(profile: Profile, chosen: Plan, measured: Measured, *, part: float = 1.0) -> Profile:
+def corrected_times(profile: Profile, chosen: Plan, measured: Measured) -> Profile:
     """A profile by whose times the original, and a plan's network, would have been predicted as they were measured.
 
     All times follow the original's; those of chains are multiplied by one factor besides.
-
-    Args:
-        profile: with measured latencies.
-        chosen: a plan of it.
-        measured: times of that plan's network.
-        part: of the factor's logarithm that is applied, 0 to 1.
     """
     pace = measured.original_s / _seconds(profile.before)
     dense_s = {c.site: pace * _seconds(c.cost) for c in profile.candidates if c.is_dense}
@@ -291,7 +285,7 @@ def corrected_times(profile: Profile, chosen: Plan, measured: Measured, *, part:
     factor = min(max(wanted_s / chains_s, 1 / MOST_SCALE), MOST_SCALE) if chains_s else 1.0
 
     def corrected(candidate: Candidate) -> Candidate:
-        latency_s = pace * _seconds(candidate.cost) * (1 if candidate.is_dense else factor**part)
+        latency_s = pace * _seconds(candidate.cost) * (1 if candidate.is_dense else factor)
         return _timed(candidate, latency_s, dense_s.get(candidate.site, math.inf))
 
     def paced(cost: Cost) -> Cost:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from decimal import Decimal
-from functools import partial
 from pathlib import Path
 
 from tdfx.budget import Budget, Drop, Limit, find_resource
@@ -57,6 +55,7 @@ def cheapest(
     slower: bool = True,
     verify: str = "plan",
     cache_dir: str | Path | None = None,
+    scores: Scores | None = None,
     progress: bool | Report | None = None,
 ) -> Result:
     """The cheapest of the measured networks whose score is within the drop.
@@ -79,6 +78,7 @@ def cheapest(
         slower: as for ``plan``.
         verify: as for ``apply``, for the returned network.
         cache_dir: folder that keeps scores between runs; ``tdfx.scores.Scores`` says under what.
+        scores: those of an earlier search for the same, so that no network is measured twice.
         progress: a function, True, False, or None for a bar on terminals only.
 
     Returns:
@@ -93,9 +93,9 @@ def cheapest(
     if asked is None or asked.drop is None:
         raise BudgetError(f"budget {budget} has no drop; expected one, {_FORMS}")
     check_belongs(captured, profile, moments)
-    scores = Scores(captured, evaluate, moments=moments, cache_dir=cache_dir)
+    scores = scores or Scores(captured, evaluate, moments=moments, cache_dir=cache_dir)
     with reporter(progress) as report:
-        search = Search(profile, asked, minimize, partial(plan, planner=planner, slower=slower), scores, report)
+        search = Search(profile, asked, minimize, planner, slower, scores, report)
         best = search.run(asked.drop)
     chosen = replace(best.plan, budget=str(asked))
     result = carry_out(captured, chosen, moments=moments, verify=verify)
@@ -131,8 +131,7 @@ def read_drop(
 
 def _limited(budget: Budget, minimize: str, amount: int) -> Budget:
     """The limits with at most this amount of what is minimized, which is less than its own limit."""
-    others = tuple(limit for limit in budget.limits if limit.resource != minimize)
-    return Budget((*others, Limit(minimize, Decimal(max(amount, 1)), share=False)))
+    return Budget((*budget.without(minimize), Limit(minimize, Decimal(max(amount, 1)), share=False)))
 
 
 class Search:
@@ -149,7 +148,8 @@ class Search:
         profile: Profile,
         budget: Budget,
         minimize: str,
-        make_plan: Callable[[Profile, Budget], Plan],
+        planner: str,
+        slower: bool,
         scores: Scores,
         report: Report,
     ) -> None:
@@ -157,12 +157,12 @@ class Search:
         self.original, self.wanted = 0.0, Decimal(0)
         self.amount_of = find_resource(minimize, "minimize")
         self._profile, self._budget, self._minimize = profile, budget, minimize
-        self._plan, self._scores, self._report = make_plan, scores, report
+        self._planner, self._slower, self._scores, self._report = planner, slower, scores, report
 
     def run(self, drop: Drop) -> Trial:
         """The cheapest network that holds."""
         whole = Budget(self._budget.limits or (Limit(self._minimize, Decimal(1), share=True),))
-        dearest = self._plan(self._profile, whole)
+        dearest = self._plan(whole)
         self._report("original", 0, self._most)
         self.original = self._scores.original()
         self.wanted = drop.least_score(self.original)
@@ -173,7 +173,7 @@ class Search:
                 f"{float(self.wanted):.6g}, the best reached is {best.score:.6g}. Allow a larger drop or higher "
                 "limits, give calibration data, or set rank_multiple=1"
             )
-        least = least_amount(self._profile, self._minimize)
+        least = least_amount(self._profile, self._minimize, slower=self._slower)
         fails = least - 1
         span = best.amount - fails
         while best.amount - fails > _part(span, HALVINGS):
@@ -198,10 +198,13 @@ class Search:
     def _within(self, amount: int) -> Trial | None:
         """The best network of at most this amount, measured; None if there is none."""
         try:
-            chosen = self._plan(self._profile, _limited(self._budget, self._minimize, amount))
+            chosen = self._plan(_limited(self._budget, self._minimize, amount))
         except BudgetError:
             return None
         return self._measured(chosen)
+
+    def _plan(self, budget: Budget) -> Plan:
+        return plan(self._profile, budget, planner=self._planner, slower=self._slower)
 
     def _measured(self, chosen: Plan) -> Trial:
         amount = self.amount_of(chosen.after)

@@ -6,12 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from timed_networks import INPUT, compress, measured_once, network, profiled
+from timed_networks import INPUT, Machine, compress, measured_once, network, profiled
 from torch import nn
 
 import tdfx
 from tdfx.errors import BudgetError, OptionError
 from tdfx.records.latency import Measured, Runtime
+from tdfx.records.profile import Profile
 from tdfx.records.result import Result
 from tdfx.stages import guard as guard_stage
 from tdfx.stages.frontier import least_amount
@@ -63,7 +64,7 @@ def test_a_limit_in_seconds_holds_for_the_seconds_measured(
 def test_a_network_that_misses_is_handed_over_where_nothing_is_quicker(
     timed: list[bytes | str], ratios: list[float]
 ) -> None:
-    ratios[:] = [3.0, 3.0]  # the third plan would be the second one again
+    ratios[:] = [3.0, 1.0]  # the third plan would be the second one again
     with pytest.warns(UserWarning, match=r"asked 2.0% of the original's time, measured \d+.\d%; 2 plans were made"):
         result = compress("latency=2%")
     assert result.report.measured is not None
@@ -72,13 +73,14 @@ def test_a_network_that_misses_is_handed_over_where_nothing_is_quicker(
 def test_the_quickest_plan_is_timed_where_corrected_times_leave_nothing_in_reach(
     timed: list[bytes | str], ratios: list[float]
 ) -> None:
-    ratios[:] = [3.0, 1.0]
+    ratios[:] = [3.0, 0.5]
     result = compress("latency=2%")
     table = with_latency(profiled(), measured_once())
     least = least_amount(table, "latency") * 1e-9 / measured_once().network_s
     assert least < 0.02 < 3 * least
     measured = result.report.measured
     assert measured is not None and measured.plans == 2 and measured.ratio <= 0.02
+    assert measured.predicted_ratio == pytest.approx(3 * least, abs=1e-3)
     assert result.plan.candidates != tdfx.plan(table, "latency=2%").candidates
 
 
@@ -111,6 +113,75 @@ def test_a_guard_that_no_network_passes_names_layers_and_what_is_reachable(
         tdfx.compress(network(), INPUT, ranks="ratio=0.5", methods=["spatial_svd"], guard="measured")
 
 
+@pytest.mark.parametrize("planner", ["knapsack", "greedy"])
+@pytest.mark.parametrize("budget", ["params=99%", "params=95%", "flops=98.5%", "flops=95%"])
+def test_a_budget_that_slow_networks_keep_has_quicker_ones(machine: Machine, budget: str, planner: str) -> None:
+    result = compress(budget, guard="measured", planner=planner)
+    measured = result.report.measured
+    assert measured is not None and measured.ratio <= 0.98
+    assert result.plan.budget == budget and result.report.plan.budget == budget
+
+
+@pytest.mark.parametrize(
+    ("pace", "chain", "of_least", "of_asked"),
+    [(1.4, 1, 1.3, 1.1), (8.5, 1, 8, 1.1), (1.6, 0.8, 1.4, 1.0)],
+)
+def test_a_limit_in_seconds_on_a_machine_that_became_slower(
+    machine: Machine, pace: float, chain: float, of_least: float, of_asked: float
+) -> None:
+    """The first plan is late, and by its pace alone nothing is in reach, or all of it by both corrections."""
+    machine.pace, machine.chain = pace, chain
+    asked_ns = round(of_least * least_amount(table(), "latency"))
+    result = compress(f"latency={asked_ns}ns")
+    measured = result.report.measured
+    assert measured is not None and measured.compressed_s <= 1e-9 * of_asked * asked_ns
+    assert machine.plans > 1
+
+
+def table() -> Profile:
+    return with_latency(profiled(), measured_once())
+
+
+def test_the_quickest_plan_keeps_the_other_limits(machine: Machine) -> None:
+    params = 2 * least_amount(profiled(), "params")
+    quickest = least_within(f"params={params}")
+    whole_ns = 1e9 * measured_once().network_s
+    machine.chain = 4.0
+    budget = f"latency={100 * 3 * quickest / whole_ns:.4f}%,params={params}"
+    with pytest.warns(UserWarning, match="latency is missed: asked .*; 2 plans were made"):
+        result = compress(budget)
+    assert machine.plans == 2 and result.after.params <= params
+    wanted = tdfx.plan(table(), f"latency={quickest}ns,params={params}")
+    assert [(c.method, c.rank) for c in result.plan.candidates] == [(c.method, c.rank) for c in wanted.candidates]
+
+
+def least_within(others: str) -> int:
+    """Nanoseconds of the quickest plan by the table, found to one."""
+    low, high = 0, round(1e9 * measured_once().network_s)
+    while high - low > 1:
+        middle = (low + high) // 2
+        try:
+            tdfx.plan(table(), f"latency={middle}ns,{others}")
+            high = middle
+        except BudgetError:
+            low = middle
+    return high
+
+
+def test_a_network_slower_than_the_original_is_told(machine: Machine) -> None:
+    machine.chain = 1000.0
+    for budget, options in (("latency=98%", {}), ("drop=50%", {"minimize": "latency", "evaluate": kept})):
+        with pytest.warns(UserWarning, match=r"latency is missed: .*(measured|takes) \d{3,4}.\d%"):
+            compress(budget, **options)
+
+
+def test_a_network_slower_than_the_original_makes_way(machine: Machine) -> None:
+    machine.chain = 1.1
+    result = compress("latency=98%")
+    measured = result.report.measured
+    assert measured is not None and measured.plans > 1 and measured.ratio <= 1
+
+
 def test_a_network_that_leaves_time_unused_makes_way(timed: list[bytes | str], ratios: list[float]) -> None:
     ratios[:] = [0.7, 1.0]
     result = compress("latency=60%")
@@ -130,7 +201,13 @@ def test_what_is_in_time_is_kept_where_later_networks_are_not(timed: list[bytes 
 def test_time_that_no_choice_takes_is_explained(timed: list[bytes | str], ratios: list[float]) -> None:
     ratios[:] = [1.0]
     result = compress("latency=95%,flops=40%")
-    assert any("left unused" in note and "no choice of methods" in note for note in result.report.notes)
+    assert any("left unused" in note and "no plan within the budget" in note for note in result.report.notes)
+
+
+def test_time_that_a_search_leaves_needs_no_explanation(timed: list[bytes | str], ratios: list[float]) -> None:
+    ratios[:] = [1.0]
+    result = compress("drop=50%,latency=60%", evaluate=lambda module: 1.0, minimize="flops")
+    assert not any("left unused" in note for note in result.report.notes)
 
 
 def kept(module: nn.Module) -> float:

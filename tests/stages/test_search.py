@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -81,7 +81,7 @@ def searched(
     scores: Any = SimpleNamespace(original=lambda: 1.0, of=score)
     profiled = made_up(amounts, rest)
     planner = "greedy" if len(parsed.limits) == 0 else "knapsack"
-    search = Search(profiled, parsed, "macs", partial(plan, planner=planner), scores, lambda *_: None)
+    search = Search(profiled, parsed, "macs", planner, True, scores, lambda *_: None)
     assert parsed.drop is not None
     found = search.run(parsed.drop)
     assert len(measured) == len(set(measured)) <= MOST
@@ -126,7 +126,9 @@ def test_scores_on_the_edge_hold() -> None:
     scores: Any = SimpleNamespace(original=lambda: 0.8, of=lambda chosen: 0.7 if chosen.after.macs < 9 else 0.8)
     budget = Budget.parse("drop=0.1")
     assert budget.drop is not None
-    assert Search(made_up([3, 9]), budget, "flops", plan, scores, lambda *_: None).run(budget.drop).amount == 6
+    assert (
+        Search(made_up([3, 9]), budget, "flops", "knapsack", True, scores, lambda *_: None).run(budget.drop).amount == 6
+    )
 
 
 def test_limits_hold_for_every_network() -> None:
