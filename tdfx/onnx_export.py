@@ -162,6 +162,7 @@ def export_onnx(
         staged = Path(folder) / (final if float32 is None else Path(os.fsdecode(float32))).name
         program = _export(network, resized(axes, inputs, traced), axes, opset)
         _rename(program, [*inputs], names)
+        _lower_ir_version(program)
         external = _save(program, staged)
         del program
         with failing_as("onnx.checker refuses the exported file", hint):
@@ -307,6 +308,15 @@ def _export(network: nn.Module, inputs: Mapping[str, Tensor], axes: Axes, opset:
         )
     assert program is not None  # only the older exporter gives None
     return program
+
+
+def _lower_ir_version(program: torch.onnx.ONNXProgram) -> None:
+    """Takes the oldest format of files that the operator set allows, so that runtimes of some years ago read it."""
+    model = program.model
+    if model.functions:  # what these may hold goes by the format
+        return
+    imports = [onnx.helper.make_opsetid(domain, version) for domain, version in model.opset_imports.items()]
+    model.ir_version = min(model.ir_version, onnx.helper.find_min_ir_version_for(imports, ignore_unknown=True))
 
 
 def _apart(names: Sequence[str], taken: Collection[str]) -> list[str]:

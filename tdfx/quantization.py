@@ -67,7 +67,8 @@ class Quantization:
         max_rel_diff: the largest of the outputs.
         rtol: the most that was allowed for floating-point outputs; None: any.
         outputs: one record per output.
-        speed: median of the float32 file's seconds over this one's, both run in turn in ONNX Runtime on one thread.
+        speed: median of the float32 file's seconds over this one's, both run in turn in ONNX Runtime on the example
+            inputs, one thread.
         speed_quartiles: lower and upper quartile of the same.
         scores: what ``evaluate`` says of the float32 file and of this one; None if it was not given.
         notes: what the user should know.
@@ -261,7 +262,9 @@ def quantized(
         session = ort.InferenceSession(str(target), session_options(), providers=["CPUExecutionProvider"])
     outputs = _differences(session, inputs, network(inputs), rtol)
     files = source.path, target
-    before, after = runner.network_times(list(map(str, files)), Runtime().as_dict())
+    feed = {value.name: t.cpu().numpy() for value, t in zip(session.get_inputs(), source.example, strict=True)}
+    with failing_as("ONNX Runtime cannot run the int8 file on the example inputs", HINT):
+        before, after = runner.network_times(list(map(str, files)), Runtime().as_dict(), feed)
     lower, speed, upper = quantiles([a / b for a, b in zip(before, after, strict=True)], n=4)
     return Quantization(
         path=str(target),

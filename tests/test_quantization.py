@@ -109,8 +109,9 @@ def test_the_report_holds_both_files_errors_and_sizes(exported: tuple[Path, Expo
 def test_the_report_holds_time_and_scores_beside_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     timed: list[list[str]] = []
 
-    def network_times(models: list[str], runtime: Any) -> list[list[float]]:
+    def network_times(models: list[str], runtime: Any, feed: Any) -> list[list[float]]:
         timed.append(models)
+        assert [value.shape for value in feed.values()] == [images(2).shape]
         return [[4.0, 6.0, 8.0, 10.0], [2.0, 2.0, 2.0, 2.0]]
 
     monkeypatch.setattr(runner, "network_times", network_times)
@@ -209,6 +210,14 @@ def test_a_fixed_batch_leaves_other_batches_out(tmp_path: Path) -> None:
     assert int8(report).calibrated == 8
     with pytest.raises(InputError, match="calibration data hold no batch of 4, the only size"):
         export_onnx(make(), tmp_path / "n.onnx", images(4), dynamic=None, quantize="int8", calibration=images(3))
+
+
+def test_a_network_of_free_sizes_is_timed_on_the_example(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.AdaptiveAvgPool2d(1)).eval()
+    free = {"input": {2: "height", 3: "width"}}
+    options: dict[str, Any] = {"quantize": "int8", "calibration": torch.randn(8, 3, 16, 16), "dynamic": free}
+    assert int8(export_onnx(net, tmp_path / "n.onnx", torch.randn(2, 3, 16, 16), **options)).speed > 0
 
 
 def test_an_error_beyond_rtol_leaves_no_file(tmp_path: Path) -> None:

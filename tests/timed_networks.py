@@ -66,7 +66,7 @@ def simulate(monkeypatch: pytest.MonkeyPatch) -> list[bytes | str]:
     ran: list[bytes | str] = []
     now = [0.0]
 
-    def session_run(model: bytes | str, runtime: Any) -> runner.Run:
+    def session_run(model: bytes | str, runtime: Any, feed: Any = None) -> runner.Run:
         seconds = 2e-6 + 1e-9 * macs_of(model)
 
         def call() -> None:

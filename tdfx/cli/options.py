@@ -56,7 +56,9 @@ DATA_HELP = "Unlabeled inputs: .npy, .npz, .pt, a folder of images, or package.m
 CORRECT_HELP = "Give the outputs of compressed layers their mean back, and with --data their spread."
 QUANTIZE_HELP = "Also write model.int8.onnx: calibrated on --data; without, ranges are found anew in every run."
 RTOL_HELP = "Most that outputs may differ, of the largest: the int8 file's with --quantize, else the float32 one's."
-SESSION_CONFIG_HELP = "Of ONNX Runtime's session where latency is measured, e.g. session.intra_op.allow_spinning=0."
+SESSION_CONFIG_HELP = (
+    "Of ONNX Runtime's session, as session.intra_op.allow_spinning=0, enable_cpu_mem_arena=0, provider.NAME=x."
+)
 CAPTURE_HELP = "fx: symbolic tracing, export: torch.export, inplace: no graph, the model's Python code stays."
 DYNAMIC_HELP = "Sizes that stay free besides the batch's, e.g. input_ids:1=sequence; one for each dimension."
 FIXED_HELP = "The ONNX file takes the inputs' batch size only; for models that compute with no other."

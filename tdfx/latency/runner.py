@@ -1,9 +1,11 @@
 """Times small ONNX models in ONNX Runtime; alone on a device it is all that is needed there besides its folder.
 
     python run.py [--threads 1] [--provider CPUExecutionProvider] [--seconds 0.05]
+    python run.py --bench network.onnx compressed.onnx
 
 The folder holds ``kit.json``, ``network.onnx`` and ``models/``; the result, ``latency.json``, is for
-``tdfx plan --latency``. A run that was stopped goes on from there. Needs Python 3.10, numpy and onnxruntime.
+``tdfx plan --latency``. A run that was stopped goes on from there. With --bench files are timed in turn on inputs drawn
+for them. Needs Python 3.10, numpy and onnxruntime.
 """
 
 from __future__ import annotations
@@ -45,7 +47,10 @@ NUMBERS = ("float16", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8,
 DTYPES = {"tensor(float)": "float32", "tensor(double)": "float64", **{f"tensor({name})": name for name in NUMBERS}}
 """numpy's names of what ONNX Runtime's types hold, of those that numpy has."""
 
+OF_PROVIDER = "provider."
+
 Run = Callable[[], object]
+Feed = Mapping[str, np.ndarray[Any, Any]]
 Clock = Callable[[], float]
 
 
@@ -92,11 +97,13 @@ def open_session(model: bytes | str, runtime: Mapping[str, Any]) -> Any:
 
     Args:
         model: a file's path, or its bytes.
-        runtime: "threads" (intra-op), "provider", and "config", entries of the session's configuration
-            besides ``CONFIG``.
+        runtime: "threads" (intra-op), "provider", and "config" besides ``CONFIG``: entries of the session's
+            configuration, which have a dot in their names; those that begin with "provider." are the provider's own
+            options, and without a dot attributes of SessionOptions, as "graph_optimization_level": "ORT_ENABLE_BASIC".
 
     Raises:
-        ValueError: the provider is not there; ONNX Runtime itself would go on with the CPU.
+        ValueError: the provider is not there, with which ONNX Runtime itself would go on with the CPU, or it does not
+            take the options or the model.
     """
     import onnxruntime as ort
 
@@ -106,9 +113,18 @@ def open_session(model: bytes | str, runtime: Mapping[str, Any]) -> Any:
     options.log_severity_level = 4  # errors come as exceptions
     options.intra_op_num_threads = runtime["threads"]
     options.inter_op_num_threads = 1
-    for key, value in {**CONFIG, **runtime.get("config", {})}.items():
-        options.add_session_config_entry(key, value)
-    session = ort.InferenceSession(model, options, providers=[provider])
+    try:
+        own = {}
+        for key, value in {**CONFIG, **runtime.get("config", {})}.items():
+            if key.startswith(OF_PROVIDER):
+                own[key.removeprefix(OF_PROVIDER)] = value
+            elif "." in key:
+                options.add_session_config_entry(key, value)
+            else:
+                setattr(options, key, _as_attribute(options, key, value))
+        session = ort.InferenceSession(model, options, providers=[(provider, own)])
+    except Exception as error:  # onnxruntime's have no class in common
+        raise ValueError(f"ONNX Runtime {ort.__version__} opens no session: {str(error).splitlines()[0]}") from error
     taken = session.get_providers()[0]
     if taken != provider:
         raise ValueError(
@@ -118,16 +134,30 @@ def open_session(model: bytes | str, runtime: Mapping[str, Any]) -> Any:
     return session
 
 
-def session_run(model: bytes | str, runtime: Mapping[str, Any]) -> Run:
-    """A function that runs a model once on inputs drawn for it, open dimensions taken for 1; see ``open_session``.
+def _as_attribute(options: object, name: str, text: str) -> object:
+    """What a text means for an attribute of SessionOptions: a member of its type, or a number."""
+    kind: Any = type(getattr(options, name, ""))
+    members = getattr(kind, "__members__", {})
+    if kind is str or not (text in members or text.isdecimal()):
+        raise ValueError(f"{name}={text}: expected {', '.join(members) or 'a whole number'} for a session option")
+    return members[text] if members else kind(int(text))
+
+
+def session_run(model: bytes | str, runtime: Mapping[str, Any], feed: Feed | None = None) -> Run:
+    """A function that runs a model once and returns its outputs; see ``open_session``.
+
+    Args:
+        model: as for ``open_session``, as is:
+        runtime: options of the session.
+        feed: inputs by name; None to draw them, open dimensions taken for 1.
 
     Raises:
         ValueError: inputs of a type cannot be drawn, or as for ``open_session``.
     """
     session = open_session(model, runtime)
     generator = np.random.default_rng(0)
-    feed = {value.name: _draw(generator, value) for value in session.get_inputs()}
-    return lambda: session.run(None, feed)
+    inputs = feed or {value.name: _draw(generator, value) for value in session.get_inputs()}
+    return lambda: session.run(None, inputs)
 
 
 def host() -> dict[str, str]:
@@ -200,11 +230,10 @@ def network_seconds(runs: Sequence[Run]) -> list[float]:
     return [statistics.median(values) for values in times]
 
 
-def network_times(models: Sequence[str], runtime: Mapping[str, Any]) -> list[list[float]]:
-    """Seconds of every timed run of whole networks, in turn."""
-    return interleaved(
-        [session_run(model, runtime) for model in models], rounds=NETWORK_ROUNDS, seconds=NETWORK_SECONDS
-    )
+def network_times(models: Sequence[str], runtime: Mapping[str, Any], feed: Feed | None = None) -> list[list[float]]:
+    """Seconds of every timed run of whole networks, in turn; inputs as for ``session_run``."""
+    runs = [session_run(model, runtime, feed) for model in models]
+    return interleaved(runs, rounds=NETWORK_ROUNDS, seconds=NETWORK_SECONDS)
 
 
 def _draw(generator: np.random.Generator, value: Any) -> np.ndarray[Any, Any]:
@@ -336,6 +365,7 @@ def measure(
         ValueError: as for ``session_run``.
     """
     layers = [dense for dense, *_ in kit["groups"]]
+    session_run(network, runtime)  # before anything is timed in vain
     taken, disturbed = time_groups(
         groups_of(kit), kit["bytes"], load, runtime, ratios=ratios, keep=keep, progress=progress, seconds=seconds
     )
@@ -390,7 +420,14 @@ def main(folder: Path, arguments: Sequence[str] | None = None) -> None:
     options.add_argument("--provider", default=CPU)
     options.add_argument("--session-config", metavar="KEY=VALUE", action="append", default=[], help="of the session")
     options.add_argument("--seconds", type=_seconds, default=SECONDS, help="that the runs of one model take")
+    options.add_argument("--bench", metavar="FILE", nargs="+", help="time these ONNX files in turn instead")
     given = options.parse_args(arguments)
+    if given.bench:
+        try:
+            _bench(given.bench, _runtime(given))
+        except ValueError as error:
+            options.error(str(error))
+        return
     try:
         kit = json.loads((folder / "kit.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -399,13 +436,38 @@ def main(folder: Path, arguments: Sequence[str] | None = None) -> None:
     if missing:
         options.error(f"{missing} is missing beside this file; copy the whole folder that tdfx wrote")
     try:
-        runtime = {"threads": given.threads, "provider": given.provider, "config": entries(given.session_config)}
-        check_provider(given.provider)
-        _measure_folder(folder, kit, runtime, given.seconds)
+        _measure_folder(folder, kit, _runtime(given), given.seconds)
     except ValueError as error:
         options.error(str(error))
     except OSError as error:
         options.error(f"cannot write beside this file: {error}; copy the folder to where you may write")
+
+
+def _runtime(given: argparse.Namespace) -> dict[str, Any]:
+    check_provider(given.provider)
+    return {"threads": given.threads, "provider": given.provider, "config": entries(given.session_config)}
+
+
+def _bench(files: Sequence[str], runtime: Mapping[str, Any]) -> None:
+    """Prints how long files take, beside the first, and how far their outputs are from the first one's."""
+    runs = [session_run(file, runtime) for file in files]
+    outputs = [run() for run in runs]
+    times = interleaved(runs, rounds=NETWORK_ROUNDS, seconds=NETWORK_SECONDS)
+    for file, seconds, found in zip(files, times, outputs, strict=True):
+        ratios = [one / first for one, first in zip(seconds, times[0], strict=True)]
+        lower, middle, upper = statistics.quantiles(ratios, n=4)
+        print(
+            f"{file}: {1e3 * statistics.median(seconds):.3f} ms, {middle:.1%} of the first's time (quartiles "
+            f"{lower:.1%} and {upper:.1%}), {_difference(outputs[0], found)}"
+        )
+
+
+def _difference(wanted: Any, found: Any) -> str:
+    if [np.shape(a) for a in wanted] != [np.shape(b) for b in found]:
+        return "outputs of other shapes"
+    pairs = [(np.asarray(a, np.float64), np.asarray(b, np.float64)) for a, b in zip(wanted, found, strict=True)]
+    worst = max(float(np.abs(b - a).max(initial=0) / max(np.abs(a).max(initial=0), 1e-30)) for a, b in pairs)
+    return f"outputs differ by {worst:.2g} of the largest"
 
 
 def _missing(folder: Path, kit: object) -> str:

@@ -23,8 +23,10 @@ class Runtime:
     Attributes:
         threads: of one operator.
         provider: execution provider.
-        config: entries of the session's configuration, e.g. {"session.intra_op.allow_spinning": "0"}. Unless told
-            otherwise, threads do not spin after a run ("session.force_spinning_stop"), which slows down what runs next.
+        config: entries of the session's configuration, e.g. {"session.intra_op.allow_spinning": "0"}; by names without
+            a dot attributes of SessionOptions, {"graph_optimization_level": "ORT_ENABLE_BASIC"}; under "provider."
+            options of the provider. Unless told otherwise, threads do not spin after a run
+            ("session.force_spinning_stop"), which slows down what runs next.
 
     Raises:
         OptionError: fewer threads than one, or entries that are no text.

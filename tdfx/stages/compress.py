@@ -33,7 +33,10 @@ from tdfx.stages.profile import profile
 from tdfx.stages.search import cheapest, read_drop
 from tdfx.timing import timed
 
-UNTIMED = "latency is by the table that was given; the network itself was not timed: compare it there with tdfx bench"
+UNTIMED = (
+    "latency is by the table that was given; the network itself was not timed: compare it there with tdfx bench or, "
+    "without PyTorch, the latency kit's run.py --bench"
+)
 
 
 def compress(

@@ -19,7 +19,7 @@ from tdfx.files import write_text
 from tdfx.latency import runner
 from tdfx.latency.grid import SECONDS, sweep
 from tdfx.latency.kit import Kit, kit_of
-from tdfx.onnx_export import export_onnx
+from tdfx.onnx_export import LEAST_OPSET, export_onnx
 from tdfx.passes.fused_operators import FusedOperators
 from tdfx.passes.shape_prop import ShapeProp, bind
 from tdfx.passes.sites import FindSites
@@ -178,7 +178,7 @@ def _write_kit(captured: Capture, kit: Kit, folder: Path) -> None:
     (folder / "models").mkdir(parents=True)
     for key, piece in kit.pieces.items():
         (folder / "models" / f"{key}.onnx").write_bytes(piece.model())
-    export_onnx(captured.plain, folder / NETWORK, captured.args, captured.kwargs, dynamic=None)
+    export_onnx(captured.plain, folder / NETWORK, captured.args, captured.kwargs, dynamic=None, opset=LEAST_OPSET)
     shutil.copyfile(str(runner.__file__), folder / RUN)
     write_text(folder / "kit.json", json.dumps(kit.listing) + "\n")
 

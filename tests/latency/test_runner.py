@@ -86,7 +86,7 @@ SECONDS = {"network": 10.0, "dense": 6.0, "half": 3.0, "third": 2.0, "other": 1.
 def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     found = Machine()
     original = runner.interleaved
-    monkeypatch.setattr(runner, "session_run", lambda model, runtime: found.run(model, SECONDS[model]))
+    monkeypatch.setattr(runner, "session_run", lambda model, runtime, feed=None: found.run(model, SECONDS[model]))
     monkeypatch.setattr(runner, "waiting", lambda since: 0.0)
     monkeypatch.setattr(
         runner, "interleaved", lambda runs, **options: original(runs, **{**options, "clock": found.clock})
@@ -209,7 +209,7 @@ def kit_folder(folder: Path) -> Path:
 def device(machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A kit whose files are run by their names."""
     timed = runner.session_run
-    monkeypatch.setattr(runner, "session_run", lambda model, runtime: timed(Path(str(model)).stem, runtime))
+    monkeypatch.setattr(runner, "session_run", lambda model, runtime, feed=None: timed(Path(str(model)).stem, runtime))
     return kit_folder(tmp_path)
 
 
@@ -326,6 +326,76 @@ def test_inputs_of_all_types_of_numpy_are_drawn(name: str) -> None:
 def test_inputs_of_other_types_are_refused() -> None:
     with pytest.raises(ValueError, match=r"input x is a tensor\(string\); values are drawn for tensor\(float\), "):
         runner.session_run(identity(TensorProto.STRING), RUNTIME)
+
+
+def test_session_options_are_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[Any] = []
+
+    def session(model: object, options: Any, providers: Any) -> Any:
+        taken.append((options, providers))
+        return SimpleNamespace(get_providers=lambda: [runner.CPU])
+
+    monkeypatch.setattr(ort, "InferenceSession", session)
+    config = {
+        "graph_optimization_level": "ORT_ENABLE_BASIC", "enable_cpu_mem_arena": "0", "inter_op_num_threads": "3",
+        "session.intra_op.allow_spinning": "0", "provider.use_arena": "0",
+    }  # fmt: skip
+    runner.open_session(b"", {**RUNTIME, "config": config})
+    ((options, providers),) = taken
+    assert options.graph_optimization_level == ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    assert options.enable_cpu_mem_arena is False and options.inter_op_num_threads == 3
+    assert options.get_session_config_entry("session.intra_op.allow_spinning") == "0"
+    assert providers == [(runner.CPU, {"use_arena": "0"})]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("session.intra_op_thread_affinities", "x", "opens no session"),
+        ("session.load_model_format", "ORT", "opens no session"),
+        ("", "1", "opens no session: =1: expected a whole number"),
+        ("no_such_option", "1", "no_such_option=1: expected"),
+        ("graph_optimization_level", "MOST", "level=MOST: expected ORT_DISABLE_ALL, ORT_ENABLE_BASIC"),
+        ("enable_mem_pattern", "off", "enable_mem_pattern=off: expected a whole number"),
+    ],
+)  # fmt: skip
+def test_options_that_are_not_taken_are_refused(key: str, value: str, told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        runner.open_session(identity(TensorProto.FLOAT), {**RUNTIME, "threads": 2, "config": {key: value}})
+
+
+def test_a_network_that_cannot_be_opened_is_told_before_anything_is_timed(
+    device: Path, machine: Machine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    opened: list[str] = []
+
+    def refused(model: str, runtime: Any, feed: Any = None) -> Any:
+        opened.append(Path(model).stem)
+        raise ValueError("opens no session: Unsupported model IR version")
+
+    monkeypatch.setattr(runner, "session_run", refused)
+    with pytest.raises(SystemExit):
+        runner.main(device, [])
+    assert opened == ["network"] and "Unsupported model IR version" in capsys.readouterr().err
+
+
+def test_files_are_timed_beside_each_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = [tmp_path / "a.onnx", tmp_path / "b.onnx", tmp_path / "c.onnx"]
+    for file, operator in zip(files, ("Identity", "Neg", "Shape"), strict=True):
+        values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 3]) for name in "xy"]
+        if operator == "Shape":
+            values[1] = helper.make_tensor_value_info("y", TensorProto.INT64, [2])
+        graph = helper.make_graph([helper.make_node(operator, ["x"], ["y"])], "g", values[:1], values[1:])
+        opset = [helper.make_opsetid("", 18)]
+        file.write_bytes(helper.make_model(graph, opset_imports=opset, ir_version=8).SerializeToString())
+    runner.main(tmp_path, ["--bench", *map(str, files)])
+    first, second, third = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"{files[0]}: ") and "100.0% of the first's time" in first
+    assert first.endswith("outputs differ by 0 of the largest")
+    assert second.endswith("outputs differ by 2 of the largest") and third.endswith("outputs of other shapes")
+    with pytest.raises(SystemExit):
+        runner.main(tmp_path, ["--bench", str(tmp_path / "none.onnx")])
+    assert "opens no session" in capsys.readouterr().err
 
 
 def test_a_provider_that_is_not_there_is_refused() -> None:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 import torch
 from timed_networks import INPUT, captured, compress, measured_once, network, profiled
@@ -125,7 +126,7 @@ def test_times_are_kept_between_runs(timed: list[bytes | str], tmp_path: Path) -
     first = measure_latency(captured(), profiled(), cache_dir=tmp_path)
     number = len(timed)
     assert measure_latency(captured(), profiled(), cache_dir=tmp_path) == first
-    assert len(timed) - number == 1 + len({row.site for row in first.rows})  # the network and its layers
+    assert len(timed) - number == 2 + len({row.site for row in first.rows})  # the network, first alone, and its layers
     measure_latency(captured(), profiled(), cache_dir=tmp_path, runtime=Runtime(threads=2))
     assert len(timed) - number > number
 
@@ -233,7 +234,7 @@ def test_ranks_off_the_device_s_grid_are_told(table: LatencyTable) -> None:
 def test_a_session_that_does_not_open_is_a_plain_error(
     timed: list[bytes | str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refused(model: bytes | str, runtime: Any) -> runner.Run:
+    def refused(model: bytes | str, runtime: Any, feed: Any = None) -> runner.Run:
         raise ValueError("provider 'Fast' does not start here")
 
     monkeypatch.setattr(runner, "session_run", refused)
@@ -283,6 +284,8 @@ def test_threads_are_a_number(threads: Any) -> None:
 
 def test_a_kit_runs_without_torch(tmp_path: Path) -> None:
     folder = write_latency_kit(captured(), profiled(), tmp_path / "kit")
+    network = onnx.load(str(folder / "network.onnx"))
+    assert (network.opset_import[0].version, network.ir_version) == (18, 8)
     sizes = [path.stat().st_size for path in (folder / "models").iterdir()]
     assert sum(sizes) < 1000 * len(sizes)
     python = os.environ.get("TDFX_DEVICE_PYTHON", sys.executable)
