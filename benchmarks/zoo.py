@@ -43,7 +43,7 @@ def main() -> None:
     options.add_argument("--families", nargs="+", default=list(FAMILIES), choices=FAMILIES)
     options.add_argument("--names", nargs="+", default=["*"], help='globs over "family/name"')
     options.add_argument("--keep", type=Path, default=None, help="file that keeps finished rows between runs")
-    options.add_argument("--limit", type=float, default=180, help="seconds for one architecture")
+    options.add_argument("--limit", type=float, default=300, help="seconds for one architecture")
     options.add_argument("--list", action="store_true", help="print the names alone")
     arguments = options.parse_args()
     torch.set_num_threads(1)

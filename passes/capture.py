@@ -58,7 +58,7 @@ def isolate(model: nn.Module, *, keep_hooks: bool = False) -> tuple[nn.Module, t
     notes = []
     for name, module in copied.named_modules():
         _remove_reparametrizations(module)
-        if not keep_hooks and any(getattr(module, hooks, None) for hooks in _HOOKS):
+        if not keep_hooks and _is_hooked(module):
             notes.append(f"hooks of {name or 'the model'} are not part of the result")
             for hooks in _HOOKS:
                 getattr(module, hooks, {}).clear()
@@ -67,7 +67,11 @@ def isolate(model: nn.Module, *, keep_hooks: bool = False) -> tuple[nn.Module, t
 
 def has_hooks(model: nn.Module) -> bool:
     """Whether any module of a model has hooks around its forward or backward."""
-    return any(getattr(module, hooks, None) for module in model.modules() for hooks in _HOOKS)
+    return any(map(_is_hooked, model.modules()))
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    return any(getattr(module, hooks, None) for hooks in _HOOKS)
 
 
 def symbolic_trace(model: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor]) -> fx.GraphModule:
@@ -150,6 +154,8 @@ class LayerTracer(fx.Tracer):
         return super().create_arg(a)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if _is_hooked(m):
+            return False  # what hooks do is part of the graph then
         return has_torch_forward(m) or _is_train_switch(m) or super().is_leaf_module(m, module_qualified_name)
 
     def create_args_for_root(
@@ -175,7 +181,8 @@ class LayerTracer(fx.Tracer):
 
 def has_stock_forward(module: nn.Module) -> bool:
     """Whether a module computes what torch's layer of that kind computes, so that a chain may stand in for it."""
-    kind = next((layer for layer in _LAYERS if type(module).forward is layer.forward), None)
+    forward = getattr(type(module), "forward", None)  # TorchScript's classes have none
+    kind = next((layer for layer in _LAYERS if forward is layer.forward), None)
     if kind is None or "forward" in vars(module):
         return False
     return all(getattr(type(module), name, None) is getattr(kind, name, None) for name in _INNER_FORWARDS)
@@ -183,7 +190,10 @@ def has_stock_forward(module: nn.Module) -> bool:
 
 def has_torch_forward(module: nn.Module) -> bool:
     """Whether a module computes what some module of torch computes."""
-    return (type(module).forward.__module__ or "").startswith("torch.nn.") and not isinstance(module, nn.Sequential)
+    forward = getattr(type(module), "forward", None)
+    return (getattr(forward, "__module__", None) or "").startswith("torch.nn.") and not isinstance(
+        module, nn.Sequential
+    )
 
 
 def _autocast() -> tuple[bool, ...]:
@@ -191,7 +201,7 @@ def _autocast() -> tuple[bool, ...]:
 
 
 def _is_train_switch(module: nn.Module) -> bool:
-    code = getattr(type(module).forward, "__code__", None)
+    code = getattr(getattr(type(module), "forward", None), "__code__", None)
     is_own = not type(module).__module__.startswith("torch.")
     has_state = any(True for held in (module.parameters(), module.buffers(), module.children()) for _ in held)
     return is_own and code is not None and "training" in code.co_names and not has_state
@@ -212,6 +222,11 @@ def _remove_reparametrizations(module: nn.Module) -> None:
     for hooks in (module._forward_pre_hooks, module._state_dict_hooks, module._load_state_dict_pre_hooks):
         for key in [key for key, hook in hooks.items() if _is_from_torch(hook)]:
             del hooks[key]
+
+
+def is_reparametrized(module: nn.Module) -> bool:
+    """Whether a module's weight is computed anew at every call, by torch's own means."""
+    return parametrize.is_parametrized(module) or any(map(_is_from_torch, module._forward_pre_hooks.values()))
 
 
 def _is_from_torch(hook: Any) -> bool:

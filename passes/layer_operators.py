@@ -75,10 +75,10 @@ def is_transpose(node: fx.Node) -> bool:
     """Whether a node transposes a matrix."""
     if node.op not in ("call_function", "call_method"):
         return False
-    if node.target in (aten.t.default, torch.t, "t"):
+    if node.target in (aten.t.default, aten.numpy_T.default, aten.mT.default, torch.t, "t"):
         return True
-    if node.target in (aten.permute.default, torch.permute):
-        return node.args[1] in ([1, 0], (1, 0))
+    if node.target in (aten.permute.default, torch.permute, "permute"):
+        return node.args[1:] in (([1, 0],), ((1, 0),), (1, 0))
     if node.target in (aten.transpose.int, torch.transpose, "transpose"):
         return sorted(dim % 2 for dim in node.args[1:] if isinstance(dim, int)) == [0, 1]
     return node.target is getattr and node.args[1] in ("T", "mT")

@@ -52,7 +52,8 @@ class LiftLayers(RewritePass):
         path, _, attribute = call.weight.rpartition(".")
         own = module_path(node)
         modules = dict(self.origin.named_modules(remove_duplicate=False))
-        if own in modules and getattr(modules[own], "weight", None) is graph_module.get_parameter(call.weight):
+        weight = graph_module.get_parameter(call.weight)
+        if own in modules and modules[own] is not modules.get(path) and getattr(modules[own], "weight", None) is weight:
             path = own  # a tied weight has one name in a graph, and layers of several names
         is_layer = attribute == "weight" and path and not any(modules[path].children())
         first = path if is_layer else call.weight
@@ -129,6 +130,9 @@ def _is_read_transposed_alone(graph_module: fx.GraphModule, call: LayerCall, cal
     (value,) = {id(parameter_read(graph_module, node)) for node in reads if node.target == call.weight}
     same = [node for node in reads if id(parameter_read(graph_module, node)) == value]
     readers = [end for node in same for end in _ends(node)]
+    called = [node.target for node in graph_module.graph.nodes if node.op == "call_module"]
+    if any(id(held) == value for name in called for held in graph_module.get_submodule(name).parameters()):
+        return False  # as it is, by a layer
     return all(node.target == call.weight for node in same) and all(
         end in calls and calls[end].transposed for end in readers
     )

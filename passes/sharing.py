@@ -5,6 +5,7 @@ from __future__ import annotations
 import networkx as nx
 from torch import fx
 
+from tdfx.passes.capture import has_stock_forward
 from tdfx.passes.in_place import InPlace
 
 GRAPH = "a function in forward"
@@ -21,7 +22,9 @@ def sharing_graph(graph_module: fx.GraphModule) -> nx.Graph:
         if node.op == "get_attr" and node.target in parameters:
             sharing.add_edge(GRAPH, id(parameters[node.target]))
         elif node.op == "call_module":
-            for parameter in graph_module.get_submodule(node.target).parameters():
+            module = graph_module.get_submodule(node.target)
+            # Others than torch's layers may read what modules inside them hold.
+            for parameter in module.parameters(recurse=not has_stock_forward(module)):
                 sharing.add_edge(node.target, id(parameter))
     return sharing
 

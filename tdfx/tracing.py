@@ -53,8 +53,7 @@ def trace(
         exported, notes = _forced(EXPORT, export_trace, model, args, kwargs, trials.free)
         return EXPORT, trials.check(lift(exported, model, trainable)), notes
     try:
-        # Tracing may leave its own in buffers and attributes.
-        return _trace_graph(sharing(model), args, kwargs, trials, trainable)
+        return _trace_graph(model, args, kwargs, trials, trainable)
     except CaptureError as error:
         why = f"captured in place, where forward stays Python code: {error}"
         return INPLACE, trials.check(capture_in_place(model, args, kwargs)), (why,)
@@ -81,14 +80,15 @@ def _trace_graph(
     """Symbolic tracing if it sees all layers, or else torch.export if that sees more of them."""
     traced, problem = None, None
     try:
-        traced = trials.check(lift(symbolic_trace(model, args, kwargs), model, trainable))
+        # Tracing may leave its own in buffers and attributes.
+        traced = trials.agree(lift(symbolic_trace(sharing(model), args, kwargs), model, trainable))
         if len(_layers(traced)) >= _count_called(model, args, kwargs) and not _calls_opaque(traced):
             return FX, traced, ()
     except CaptureError as error:
         problem = error
     try:
-        exported, notes = export_trace(model, args, kwargs, trials.free)
-        lifted = trials.check(lift(exported, model, trainable))
+        exported, notes = export_trace(sharing(model), args, kwargs, trials.free)
+        lifted = trials.agree(lift(exported, model, trainable))
     except CaptureError as error:
         if traced is not None:
             return FX, traced, (f"symbolic tracing does not see all layers, and {error}",)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, fx, nn
 
 from tdfx.agreement import compare, run_plain
-from tdfx.contained import reason
+from tdfx.contained import quiet, reason
 from tdfx.dynamic import Dynamic, free_axes, other_sizes, resized
 from tdfx.errors import CaptureError
 from tdfx.inputs import run
@@ -17,9 +18,10 @@ from tdfx.signature import Signature
 
 @dataclass(frozen=True)
 class Trials:
-    """The model at another size of each dimension that is named.
+    """The model as it is called, and at another size of each dimension that is named.
 
     Attributes:
+        example: positional example inputs, those by keyword, and the model's outputs.
         free: names of the free dimensions of each input.
         args: positional inputs of those sizes.
         kwargs: likewise by keyword.
@@ -27,6 +29,7 @@ class Trials:
         sizes: in words.
     """
 
+    example: tuple[tuple[Tensor, ...], Mapping[str, Tensor], list[Tensor]]
     free: tuple[dict[int, str], ...]
     args: tuple[Tensor, ...] = ()
     kwargs: Mapping[str, Tensor] = field(default_factory=dict)
@@ -38,8 +41,26 @@ class Trials:
         """What was tried; nothing where no size but the batch's is free."""
         return () if self.reference is None else (f"free sizes: model and graph agree at {self.sizes} too",)
 
+    def agree(self, traced: fx.GraphModule) -> fx.GraphModule:
+        """The graph, if it computes what the model does at all sizes, and writes to no buffer.
+
+        Raises:
+            CaptureError: it does not.
+        """
+        args, kwargs, reference = self.example
+        buffers = {name: buffer.clone() for name, buffer in traced.named_buffers()}
+        try:
+            with quiet():
+                compare(reference, run_plain(traced, args, kwargs))
+        except Exception as error:
+            raise CaptureError(f"the graph does not compute what the model does: {reason(error)}") from error
+        written = [name for name, buffer in traced.named_buffers() if not torch.equal(buffer, buffers[name])]
+        if written:
+            raise CaptureError(f"the graph writes to {', '.join(written)} whenever it runs")
+        return self.check(traced)
+
     def check(self, traced: fx.GraphModule) -> fx.GraphModule:
-        """The graph, if it computes what the model does.
+        """The graph, if it computes what the model does at the other sizes.
 
         Raises:
             CaptureError: it does not.
@@ -62,6 +83,7 @@ def at_other_sizes(
     dynamic: Dynamic,
     args: tuple[Tensor, ...],
     kwargs: Mapping[str, Tensor],
+    reference: list[Tensor],
 ) -> Trials:
     """Another size of each dimension that ``dynamic`` names beside the batch's, and the model's outputs there.
 
@@ -82,7 +104,7 @@ def at_other_sizes(
 
     others = other_sizes(axes, inputs, outputs)
     if not others:
-        return Trials(free)
+        return Trials((args, kwargs, reference), free)
     other = resized(axes, inputs, others)
     text = ", ".join(f"{name} = {size}" for name, size in others.items())
-    return Trials(free, *call(other), outputs(other), text)
+    return Trials((args, kwargs, reference), free, *call(other), outputs(other), text)

@@ -11,16 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
-from torch.utils import _pytree as pytree
 
 from tdfx.agreement import compare, run_plain
-from tdfx.contained import plain_attention
 from tdfx.dynamic import BATCH, Dynamic, check_dynamic
 from tdfx.errors import CaptureError, InputError, OptionError
 from tdfx.fingerprint import structure_fingerprint, weights_fingerprint
-from tdfx.inputs import Inputs, as_call, outcome, tensors
+from tdfx.inputs import Inputs, as_call
 from tdfx.model_check import check_devices, check_values
-from tdfx.passes.capture import has_hooks, has_stock_forward, isolate
+from tdfx.passes.capture import has_hooks, has_stock_forward, is_reparametrized, isolate
 from tdfx.passes.capture_in_place import NOT_CALLED, kept_batch_norms, not_called
 from tdfx.passes.count import count
 from tdfx.passes.drop_inactive import DropInactive
@@ -116,12 +114,13 @@ def capture(
         original, notes = _isolated(model, keep_hooks=True)
     # The model first: what it sets up in itself when it runs is then the same in all views of it.
     reference = _run_model(original, *given)
+    compare(reference, reference)
     network = _flat(original, signature)
     if not signature.is_plain:
         compare(reference, run_plain(network, args, kwargs))
-    notes = (*notes, *_constant_notes(signature))
+    notes = (*notes, *_constant_notes(signature), *(_reparametrized_notes(model) if trainable else ()))
     changed = _restore_buffers(original, buffers)
-    trials = at_other_sizes(network, signature, dynamic, args, kwargs)
+    trials = at_other_sizes(network, signature, dynamic, args, kwargs, reference)
     unpacked = unpack_attention(network, trainable=trainable)
     if program is None:
         tier, traced, tier_notes = trace(unpacked, args, kwargs, trials, trainable, capture)
@@ -189,21 +188,15 @@ def _isolated(model: nn.Module, *, keep_hooks: bool = False) -> tuple[nn.Module,
 
 
 def _needs_hooks(model: nn.Module, original: nn.Module, given: tuple[tuple[Any, ...], dict[str, Any]]) -> bool:
-    """Whether a model gathers outputs by hooks of its own: its copy without them fails, or returns empty containers."""
+    """Whether a model's own hooks have a part in its outputs: its copy without them fails, or returns others."""
     if not has_hooks(model):
         return False
     try:
-        with plain_attention():
-            output = outcome(original, *given)
+        without = run_plain(original, *given)
     except Exception:
         return True
-    if not _has_empty(pytree.tree_structure(output)):
-        return False
-    return len(run_plain(_isolated(model, keep_hooks=True)[0], *given)) > len([*tensors(output)])
-
-
-def _has_empty(spec: pytree.TreeSpec) -> bool:
-    return not spec.is_leaf() and (not spec.children() or any(map(_has_empty, spec.children())))
+    kept = run_plain(_isolated(model, keep_hooks=True)[0], *given)
+    return len(without) != len(kept) or not all(map(torch.equal, without, kept))
 
 
 def _flat(model: nn.Module, signature: Signature) -> nn.Module:
@@ -256,6 +249,13 @@ def _restore_buffers(model: nn.Module, before: Mapping[str, Tensor]) -> tuple[st
     return tuple(changed)
 
 
+def _reparametrized_notes(model: nn.Module) -> tuple[str, ...]:
+    names = [name for name, module in model.named_modules() if is_reparametrized(module)]
+    if not names:
+        return ()
+    return (f"{', '.join(names)}: the weight itself trains, not what weight_norm or the like computed it from",)
+
+
 def _constant_notes(signature: Signature) -> tuple[str, ...]:
     if not signature.constants:
         return ()
@@ -299,7 +299,7 @@ def _train_notes(original: nn.Module, traced: fx.GraphModule) -> tuple[str, ...]
     notes = []
     for name, module in original.named_modules():
         is_own = not type(module).__module__.startswith("torch.")
-        code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+        code = getattr(inspect.unwrap(getattr(type(module), "forward", _train_notes)), "__code__", None)
         inside = any(f"{name}.".startswith(f"{leaf}.") or leaf.startswith(_join(name, "dropout_")) for leaf in called)
         if is_own and not inside and code is not None and "training" in code.co_names:
             notes.append(

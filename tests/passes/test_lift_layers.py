@@ -358,6 +358,37 @@ def test_a_weight_read_transposed_under_two_names_is_not_copied_twice() -> None:
     same(found(drawn(2, 4)), graph_module(drawn(2, 4)))
 
 
+def test_a_weight_that_a_layer_holds_is_not_copied_for_a_transposed_read() -> None:
+    class Autoencoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = nn.Linear(6, 4, bias=False, dtype=torch.float64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(self.encoder(x), self.encoder.weight.t())
+
+    model, x = Autoencoder(), drawn(2, 6)
+    found = lifted(model, x)
+    assert called(found) == ["encoder"]
+    assert [value.shape for value in found.parameters()] == [(4, 6)]
+    same(found(x), model(x))
+
+
+def test_a_module_of_two_names_is_one_layer() -> None:
+    class TwoNames(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = self.second = nn.Linear(4, 4, dtype=torch.float64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(self.first(x).relu())
+
+    model, x = TwoNames(), drawn(2, 4)
+    found = LiftLayers(model).run(exported(model, x))
+    assert len(set(called(found))) == 1 and len(called(found)) == 2
+    same(found(x), model(x))
+
+
 # Reading graphs
 
 
@@ -371,11 +402,16 @@ def test_parameters_and_transposes_are_told_by_what_nodes_do() -> None:
         graph.call_method("t", (read,)),
         graph.call_function(getattr, (read, "mT")),
         graph.call_function(aten.permute.default, (read, [1, 0])),
+        graph.call_function(aten.numpy_T.default, (read,)),
+        graph.call_function(aten.mT.default, (read,)),
+        graph.call_method("permute", (read, 1, 0)),
+        graph.call_method("permute", (read, (1, 0))),
     ]
     no = [
         x,
         read,
         graph.call_function(aten.permute.default, (read, [0, 1])),
+        graph.call_method("permute", (read, 0, 1)),
         graph.call_function(aten.transpose.int, (read, 0, 0)),
         graph.call_function(getattr, (read, "shape")),
     ]

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from tdfx.passes.capture import isolate, symbolic_trace
+from tdfx.passes.lift_layers import LiftLayers
 from tdfx.passes.sharing import GRAPH, sharing_groups
 
 
@@ -30,6 +31,22 @@ def test_groups_are_joined_by_what_they_share() -> None:
     model = Sharing().eval()
     groups = sharing_groups(symbolic_trace(isolate(model)[0], (torch.randn(2, 4),), {}))
     assert groups == (("a", "b", "c"), (GRAPH, "f"), (GRAPH, "g"), ("d", "e"))
+
+
+class LowRankUpdate(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(4, 4)
+        self.down, self.up = nn.Linear(4, 1, bias=False), nn.Linear(1, 4, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight, self.bias) + self.up(self.down(x))
+
+
+def test_layers_inside_a_layer_of_torch_are_no_sharers() -> None:
+    model, x = nn.Sequential(LowRankUpdate()).eval(), torch.randn(2, 4)
+    lifted = LiftLayers(model).run(symbolic_trace(isolate(model)[0], (x,), {}))
+    assert sharing_groups(lifted) == ()
+    assert len({node.target for node in lifted.graph.nodes if node.op == "call_module"}) == 3
 
 
 def test_nothing_shared_is_no_group() -> None:

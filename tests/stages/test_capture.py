@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -103,7 +104,7 @@ def test_the_model_is_left_bit_for_bit_as_it_was(trainable: bool, case: str) -> 
         assert held.isdisjoint(value.data_ptr() for value in captured.module.state_dict().values())
         assert held.isdisjoint(value.data_ptr() for value in captured.original.state_dict().values())
     assert snapshot(model) == before
-    assert fired == []
+    assert fired == ["pre", "forward"]  # to see whether outputs depend on them
     same(x, X)
     same(torch.random.get_rng_state(), state)
 
@@ -258,7 +259,7 @@ def test_a_graph_that_computes_something_else_is_refused(network: type[nn.Module
     with pytest.raises(
         VerificationError, match=r"output 0 of the captured graph \(\S+ differs from the model's \(\S+ by"
     ) as caught:
-        capture(network(), X)
+        capture(network(), X, capture="fx")
     assert 0.01 < caught.value.max_rel_diff < 100
     assert 0.01 < caught.value.max_abs_diff < 100
 
@@ -269,7 +270,77 @@ def test_a_graph_that_returns_fewer_tensors_is_refused() -> None:
             return (self.conv(x),) if isinstance(x, torch.fx.Proxy) else (self.conv(x), x)
 
     with pytest.raises(CaptureError, match="the captured graph returns 1 tensors, the model 2"):
-        capture(Hiding(), X)
+        capture(Hiding(), X, capture="fx")
+    assert capture(Hiding(), X).tier == "export"
+
+
+class Watched(Conv):
+    """Symbolic tracing takes another way through each of these, or none that runs."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way = way
+        self.register_buffer("mean", torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.conv(x)
+        if self.way == "type":
+            return y.relu() if isinstance(x, Tensor) else y
+        if self.way == "mode":
+            return y if torch.is_grad_enabled() else y.relu()
+        if self.way == "buffer":
+            self.mean.copy_(y.mean())
+            return y + self.mean
+        if self.way == "average":
+            self.mean.mul_(0.9).add_(0.1 * y.mean())
+            return y + self.mean
+        try:
+            return y[:, 100]
+        except IndexError:
+            return y.relu()
+
+
+@pytest.mark.parametrize("way", ["type", "mode", "buffer", "average", "exception"])
+def test_what_symbolic_tracing_takes_for_something_else_goes_another_way(way: str) -> None:
+    model = Watched(way).eval()
+    captured = capture(model, X)
+    assert captured.tier == "export" and calls(captured) == ["conv"]
+    assert float(model.mean) == 0
+    with torch.no_grad():
+        torch.testing.assert_close(captured.module(X), model(X), rtol=0, atol=1e-6)
+
+
+def hooked(hook: Any) -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).eval()
+    model[0].register_forward_hook(hook)
+    return model
+
+
+@pytest.mark.parametrize("tier", ["fx", "export", "inplace"])
+def test_hooks_that_change_outputs_are_part_of_the_result(tier: str) -> None:
+    model = hooked(lambda module, inputs, output: output * 2)
+    captured = capture(model, X, capture=tier)
+    torch.testing.assert_close(captured.module(X), model(X), rtol=0, atol=1e-5)
+    assert not any("hooks" in note for note in captured.notes)
+    assert capture(hooked(lambda *_: None), X).notes == ("hooks of 0 are not part of the result",)
+
+
+def test_weights_that_torch_computes_anew_are_told_where_they_train() -> None:
+    model = nn.Sequential(parametrizations.weight_norm(nn.Linear(4, 4)), torch.nn.utils.spectral_norm(nn.Linear(4, 4)))
+    assert capture(model, torch.randn(2, 4), trainable=True).notes == (
+        "0, 1: the weight itself trains, not what weight_norm or the like computed it from",
+    )
+    assert capture(model, torch.randn(2, 4)).notes == ()
+
+
+def test_what_torchscript_hides_inside_a_model_stays() -> None:
+    with pytest.warns(DeprecationWarning):
+        script = torch.jit.script(nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU()))
+    model = nn.Sequential(OrderedDict(script=script, conv=nn.Conv2d(3, 4, 3))).eval()
+    captured = capture(model, X)
+    assert "conv" in calls(captured)
+    torch.testing.assert_close(captured.module(X), model(X), rtol=0, atol=1e-5)
 
 
 # Layers that are not seen

@@ -92,7 +92,7 @@ def test_autocast_in_forward_is_refused_by_name() -> None:
 def test_a_graph_that_returns_another_dtype_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tdfx.passes.capture._autocast", lambda: (False,))
     with pytest.raises(tdfx.VerificationError, match=r"\(torch.float32\) differs from the model's \(torch.bfloat16\)"):
-        capture(Autocast(), IMAGE)
+        capture(Autocast(), IMAGE, capture="fx")
 
 
 @pytest.mark.parametrize(

