@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from tdfx.errors import InputError, TdfxError
 from tdfx.files import replacing, write_json, write_text
+from tdfx.inputs import Inputs
 from tdfx.loading import draw_inputs
 from tdfx.onnx_export import ExportReport, export_onnx
 from tdfx.records.plan import Plan
@@ -163,12 +164,20 @@ def save(result: Result, folder: str | os.PathLike[str]) -> None:
         output.save_result(result)
 
 
-def load(folder: str | os.PathLike[str], model: Model | None = None) -> Result:
+def load(
+    folder: str | os.PathLike[str],
+    model: Model | None = None,
+    example_inputs: Inputs | None = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+) -> Result:
     """Loads a result that ``save`` or the command line wrote. Files are checked and no code in them is run.
 
     Args:
         folder: the folder.
         model: the model that was compressed, with any weights; only for a result saved without its structure.
+        example_inputs: with a model, those that it was compressed with; None draws tensors of their shapes, which does
+            where what ``forward`` does depends on neither their values nor containers and constants among them.
+        example_kwargs: keyword arguments, likewise.
 
     Returns:
         The result as saved, its tensors in main memory.
@@ -176,7 +185,8 @@ def load(folder: str | os.PathLike[str], model: Model | None = None) -> Result:
     Raises:
         InputError: a file is missing, damaged, of another result or version, or holds what ``save`` does not write;
             or the structure was not saved and no model is given.
-        PlanError, CaptureError: the model is not the one that was compressed, as for ``apply``.
+        PlanError, CaptureError, VerificationError: the model is not the one that was compressed, or does something else
+            on these inputs, as for ``apply``.
     """
     root = Path(folder)
     manifest = _manifest(root)
@@ -192,10 +202,21 @@ def load(folder: str | os.PathLike[str], model: Model | None = None) -> Result:
             f"{root} holds weights and plan but no structure ({manifest.reason}); load it with model=, the model "
             "that was compressed"
         )
+    elif example_inputs is not None or example_kwargs is not None:
+        module = apply(model, example_inputs, plan, example_kwargs=example_kwargs, factors=tensors).module
     else:
         args, kwargs = draw_inputs(report.inputs)
-        module = apply(model, args, plan, example_kwargs=kwargs, factors=tensors).module
+        try:
+            module = apply(model, args, plan, example_kwargs=kwargs, factors=tensors).module
+        except TdfxError as error:
+            raise type(error)(f"{error}. {DRAWN}") from error
     return Result(module, plan, report.before, report.after, report.skipped, report)
+
+
+DRAWN = (
+    "The inputs were drawn by their shapes; if forward depends on values, containers or constants, pass those that the "
+    "model was compressed with: tdfx.load(folder, model, example_inputs, example_kwargs)"
+)
 
 
 def save_state_dict(module: nn.Module, path: Path) -> None:

@@ -255,6 +255,31 @@ def test_a_model_with_layers_of_its_own_is_given_to_load(tmp_path: Path) -> None
         tdfx.load(tmp_path, nn.Linear(8, 4))
 
 
+class Routed(nn.Module):
+    """Takes one layer or the other by what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, inputs: dict[str, Tensor], scale: float) -> Tensor:
+        chosen = self.first if float(inputs["x"].sum()) > 100 else self.second
+        out: Tensor = chosen(inputs["x"]) * scale
+        return out
+
+
+def test_a_model_whose_forward_depends_on_values_is_loaded_with_its_inputs(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, given = Routed().eval(), ({"x": torch.ones(2, 16) * 50}, 2.0)
+    compressed = tdfx.compress(model, given, budget="flops=60%", methods=["svd"], rank_multiple=1, target=None)
+    assert compressed.report.tier == "inplace"
+    tdfx.save(compressed, tmp_path)
+    with pytest.raises(tdfx.TdfxError, match=r"was compressed with: tdfx.load\(folder, model, example_inputs"):
+        tdfx.load(tmp_path, Routed())
+    loaded = tdfx.load(tmp_path, Routed(), given)
+    assert torch.equal(loaded.module(*given), compressed.module(*given))
+
+
 def test_a_result_that_is_no_graph_is_saved_by_its_weights(tmp_path: Path) -> None:
     other = replace(result(Gated), module=nn.Sequential(result(Gated).module))
     tdfx.save(other, tmp_path)
