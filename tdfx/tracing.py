@@ -82,7 +82,7 @@ def _trace_graph(
     try:
         # Tracing may leave its own in buffers and attributes.
         traced = trials.agree(lift(symbolic_trace(sharing(model), args, kwargs), model, trainable))
-        if len(_layers(traced)) >= _count_called(model, args, kwargs) and not _calls_opaque(traced):
+        if len(_layers(traced)) >= _count_called(sharing(model), args, kwargs) and not _calls_opaque(traced):
             return FX, traced, ()
     except CaptureError as error:
         problem = error

@@ -326,6 +326,14 @@ def test_hooks_that_change_outputs_are_part_of_the_result(tier: str) -> None:
     assert capture(hooked(lambda *_: None), X).notes == ("hooks of 0 are not part of the result",)
 
 
+def test_hooks_that_run_on_the_model_alone_are_left_out() -> None:
+    def hook(module: nn.Module, inputs: object, output: object) -> None:
+        assert module is model[0]
+
+    model = hooked(hook)
+    assert capture(model, X).notes == ("hooks of 0 are not part of the result",)
+
+
 def test_weights_that_torch_computes_anew_are_told_where_they_train() -> None:
     model = nn.Sequential(parametrizations.weight_norm(nn.Linear(4, 4)), torch.nn.utils.spectral_norm(nn.Linear(4, 4)))
     assert capture(model, torch.randn(2, 4), trainable=True).notes == (
