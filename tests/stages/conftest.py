@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,7 @@ def machine(timed: list[bytes | str], monkeypatch: pytest.MonkeyPatch) -> Machin
         return guard_stage.measured_of([found.pace * whole_s] * 5, [found.pace * after_s] * 5, result.plan, runtime)
 
     monkeypatch.setattr(guard_stage, "time_against_original", time)
+    monkeypatch.setattr(guard_stage, "original_file", nullcontext)
     return found
 
 
@@ -71,5 +73,6 @@ def ratios(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
         return guard_stage.measured_of([before] * 5, [factor * after] * 5, result.plan, runtime)
 
     monkeypatch.setattr(guard_stage, "time_against_original", timed)
+    monkeypatch.setattr(guard_stage, "original_file", nullcontext)
     yield factors
     assert not factors
