@@ -190,10 +190,8 @@ def has_stock_forward(module: nn.Module) -> bool:
 
 def has_torch_forward(module: nn.Module) -> bool:
     """Whether a module computes what some module of torch computes."""
-    forward = getattr(type(module), "forward", None)
-    return (getattr(forward, "__module__", None) or "").startswith("torch.nn.") and not isinstance(
-        module, nn.Sequential
-    )
+    path = getattr(getattr(type(module), "forward", None), "__module__", None) or ""
+    return path.startswith("torch.nn.") and not isinstance(module, nn.Sequential)
 
 
 def _autocast() -> tuple[bool, ...]:

@@ -302,7 +302,8 @@ def _train_notes(original: nn.Module, traced: fx.GraphModule) -> tuple[str, ...]
     notes = []
     for name, module in original.named_modules():
         is_own = not type(module).__module__.startswith("torch.")
-        code = getattr(inspect.unwrap(getattr(type(module), "forward", _train_notes)), "__code__", None)
+        forward: Any = getattr(type(module), "forward", None)
+        code = getattr(inspect.unwrap(forward), "__code__", None)
         inside = any(f"{name}.".startswith(f"{leaf}.") or leaf.startswith(_join(name, "dropout_")) for leaf in called)
         if is_own and not inside and code is not None and "training" in code.co_names:
             notes.append(

@@ -79,7 +79,7 @@ def carry_out_measured(
     with original_file(captured) as original:
         while len(found) < MOST_PLANS:
             try:
-                result = _next(profile, within, carry_out, guard) if found else carry_out(profile, within)
+                result = _planned(profile, within, carry_out, guard, anew=bool(found))
             except BudgetError:
                 if not found:
                     raise
@@ -89,7 +89,7 @@ def carry_out_measured(
             measured = time_against_original(captured, original, result, runtime)
             found.append((result, measured))
             is_late = bool(_missed(result.plan, budget, measured, guard))
-            if budget is None or within is None or not (is_late or _is_too_quick(budget, measured)):
+            if within is None or not (is_late or _is_too_quick(budget, measured)):
                 break
             profile = corrected_times(profile, result.plan, measured)
             if _is_slow(result.plan, measured, guard):
@@ -145,14 +145,19 @@ def measured_of(original: list[float], compressed: list[float], chosen: Plan, ru
     )
 
 
-def _next(
-    profile: Profile, within: Budget | None, carry_out: Callable[[Profile, Budget | None], Result], guard: str
+def _planned(
+    profile: Profile,
+    within: Budget | None,
+    carry_out: Callable[[Profile, Budget | None], Result],
+    guard: str,
+    *,
+    anew: bool,
 ) -> Result:
-    """The network of a budget by corrected times, or the quickest where they leave none within a limit of latency."""
+    """The network of a budget, or anew the quickest where corrected times leave none within a limit of latency."""
     try:
         return carry_out(profile, within)
     except BudgetError:
-        if within is None or not limits_latency(within):
+        if not anew or within is None or not limits_latency(within):
             raise
     return carry_out(profile, _quickest(profile, within, slower=guard != MEASURED))
 
