@@ -31,7 +31,7 @@ def not_called(module: InPlace, args: tuple[Tensor, ...], kwargs: Mapping[str, T
         weights = [key for key, weight in part.named_parameters(recurse=False) if weight.dim() >= 2]
         if not weights or name in calls:
             continue
-        if not name or not is_layer(part):
+        if not name or not is_layer(part) or isinstance(part, nn.ParameterList | nn.ParameterDict):
             reason = f"a parameter of {type(part).__name__}, not of a layer; only weights of layers are compressed"
             found += [Skipped(f"{name}.{key}" if name else key, reason) for key in weights]
         else:

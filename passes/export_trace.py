@@ -208,6 +208,8 @@ def operators(program: ExportedProgram) -> fx.GraphModule:
     for name, node in zip(names, inputs, strict=True):
         node.target = name or node.target
     graph.output(_structured(graph, root._out_spec, iter(leaves)))
+    if any("functorch" in getattr(node.target, "__module__", "") for node in graph.nodes if callable(node.target)):
+        raise CaptureError("torch.vmap and the like inside forward are not part of a graph; compute on the whole batch")
     _contain_writes(graph)
     return assemble(root, graph)
 

@@ -1,7 +1,7 @@
 """Lifts what trains otherwise than it evaluates, recurrent layers and bags of embeddings back to the model's modules.
 
-torch.export of a model in eval mode writes BatchNorm with its running statistics and Dropout as doing nothing; as
-modules they do in train mode what they did in the model.
+torch.export of a model in eval mode writes BatchNorm with its running statistics, Dropout as doing nothing and RReLU
+as of one slope; as modules they do in train mode what they did in the model.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from tdfx.passes.recurrent_operators import RecurrentCall, recurrent_call
 
 aten = torch.ops.aten
 BatchNorm = nn.modules.batchnorm._BatchNorm
+InstanceNorm = nn.modules.instancenorm._InstanceNorm
 BATCH_NORMS = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 DROPOUTS: dict[Any, type[nn.Module]] = {
     aten.dropout.default: nn.Dropout,
@@ -33,12 +34,13 @@ DROPOUTS: dict[Any, type[nn.Module]] = {
     aten.alpha_dropout_.default: nn.AlphaDropout,
     aten.feature_alpha_dropout_.default: nn.FeatureAlphaDropout,
 }
+RRELUS = (aten.rrelu.default, aten.rrelu_.default)
 FEATURE_DROPOUTS = {3: nn.Dropout1d, 5: nn.Dropout3d}  # by the dimensions of their input
 
 
 @dataclass(frozen=True)
 class LiftModules(RewritePass):
-    """Operators of BatchNorm, Dropout, recurrent layers and EmbeddingBag become calls of modules.
+    """Operators of BatchNorm, InstanceNorm, Dropout, RReLU, recurrent layers and EmbeddingBag become calls of modules.
 
     Attributes:
         origin: the model, whose own modules are called where the operator is theirs.
@@ -50,8 +52,12 @@ class LiftModules(RewritePass):
         for node in list(graph_module.graph.nodes):
             if node.target is aten.batch_norm.default:
                 self._batch_norm(graph_module, node)
+            elif node.target is aten.instance_norm.default:
+                self._instance_norm(graph_module, node)
             elif node.target in DROPOUTS:
                 self._dropout(graph_module, node)
+            elif node.target in RRELUS:
+                self._rrelu(graph_module, node)
             elif (call := recurrent_call(graph_module, node)) is not None:
                 self._recurrent(graph_module, node, call)
             elif node.target is aten.embedding_bag.padding_idx:
@@ -80,6 +86,26 @@ class LiftModules(RewritePass):
                 for child in graph_module.get_submodule(path).named_children():
                     module.add_module(*child)
                 make_way(graph_module, path, module)
+        _call(graph_module, node, path, module, (x,))
+
+    def _instance_norm(self, graph_module: fx.GraphModule, node: fx.Node) -> None:
+        arguments: Any = node.args
+        x, _, _, mean, *_ = arguments
+        path = module_path(node)
+        module = _submodule(self.origin, path)
+        # Without running statistics it does the same in both modes.
+        if mean is not None and isinstance(module, InstanceNorm) and has_torch_forward(module):
+            _call(graph_module, node, path, module, (x,))
+
+    def _rrelu(self, graph_module: fx.GraphModule, node: fx.Node) -> None:
+        target: Any = node.target
+        arguments: Any = node.args
+        x, lower, upper = (*arguments, 1 / 8, 1 / 3)[:3]
+        path = module_path(node)
+        module = _submodule(self.origin, path)
+        if not isinstance(module, nn.RReLU) or not has_torch_forward(module):
+            path = _new_name(graph_module, path, "rrelu")
+            module = nn.RReLU(lower, upper, target._schema.is_mutable).eval()
         _call(graph_module, node, path, module, (x,))
 
     def _dropout(self, graph_module: fx.GraphModule, node: fx.Node) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor, fx, nn
 from tdfx.passes.base import AnalysisPass, Layer, layer_at
 from tdfx.passes.capture import has_stock_forward
 from tdfx.passes.in_place import FIXED, InPlace
+from tdfx.passes.layer_operators import arguments, attribute
 from tdfx.passes.recurrent import is_recurrent
 from tdfx.passes.shape_prop import Shapes
 from tdfx.passes.sharing import sharers
@@ -30,6 +31,11 @@ KINDS: dict[type[nn.Module], Kind] = {
 TIED = (nn.Linear, *LOOKUPS)
 """Layers that may share a weight, as embedding and head of a language model do."""
 TIED_REASON = "a chain for one of them would break the tie; give it a copy of its own"
+PRODUCTS = frozenset(
+    {"baddbmm", "bmm", "chunk", "einsum", "getitem", "matmul", "select", "slice", "split", "tensordot"}
+)
+"""Functions that take a weight, or a part of one, times an input."""
+LAYER_ADVICE = "use a layer, or a function of torch.nn.functional on the whole parameter"
 DEPTHWISE_KERNEL = 5
 """In two directions: two vectors of 3 have two thirds of the elements of 3 x 3, and take a pass more."""
 
@@ -112,7 +118,10 @@ def has_weight_matrix(module: nn.Module) -> bool:
 def _obstacle(graph_module: fx.GraphModule, name: str, shapes: Shapes) -> str | None:
     module = layer_at(graph_module, name)
     if is_recurrent(module) and isinstance(graph_module, InPlace):
-        return "recurrent layers are compressed in graphs; the model was captured in place"
+        return (
+            "recurrent layers are compressed in graphs; the model was captured in place: compress the submodule with "
+            "it that a graph can be made of"
+        )
     if is_recurrent(module):
         return obstacle(graph_module, name, shapes)
     if isinstance(module, nn.MultiheadAttention) and (module.bias_k is not None or module.add_zero_attn):
@@ -173,18 +182,20 @@ def _is_small_depthwise(module: nn.modules.conv._ConvNd) -> bool:
 
 
 def _raw_parameters(graph_module: fx.GraphModule) -> list[Skipped]:
-    """Weights that the graph reads without a layer, e.g. for a functional convolution."""
+    """Weights that the graph reads without a layer, e.g. in an einsum, or as a buffer."""
     found = []
     for node in graph_module.graph.nodes:
-        if node.op != "get_attr":
+        value = attribute(graph_module, node) if node.op == "get_attr" else None
+        if not isinstance(value, Tensor) or value.dim() < 2:
             continue
-        path, _, name = str(node.target).rpartition(".")
-        value = getattr(graph_module.get_submodule(path), name)
-        if isinstance(value, nn.Parameter) and isinstance(value, Tensor) and value.dim() >= 2:
-            readers = list(dict.fromkeys(_called(user) for user in node.users))
-            verb = "reads" if len(readers) == 1 else "read"
-            reason = f"a parameter that {' and '.join(readers)} {verb}; only weights of layers are compressed"
-            found.append(Skipped(str(node.target), reason))
+        readers = list(dict.fromkeys(_called(user) for user in node.users))
+        verb = "reads" if len(readers) == 1 else "read"
+        reason = f"that {' and '.join(readers)} {verb}; only"
+        if isinstance(value, nn.Parameter):
+            advice = f": {LAYER_ADVICE}" if {reader.partition(".")[0] for reader in readers} & PRODUCTS else ""
+            found.append(Skipped(str(node.target), f"a parameter {reason} weights of layers are compressed{advice}"))
+        elif any((arguments(user) or {}).get("weight") is node for user in node.users):
+            found.append(Skipped(str(node.target), f"a buffer {reason} parameters are compressed: make it one"))
     return list(dict.fromkeys(found))
 
 

@@ -20,8 +20,10 @@ from tdfx.errors import CaptureError
 from tdfx.inputs import run
 from tdfx.passes.base import call_chain, exchange
 from tdfx.passes.capture import has_hooks, has_stock_forward
+from tdfx.passes.describe_parameters import LIKE, NEW
 from tdfx.passes.in_place import sharing
 
+MAPPED = "forward calls it inside torch.vmap, where its inputs are not seen; call it on the whole batch"
 _GETTERS = (
     "dtype", "device", "shape", "ndim", "requires_grad", "is_leaf", "layout", "is_cpu", "is_cuda", "is_mps", "is_xpu",
     "is_meta", "is_mkldnn", "is_sparse", "is_quantized", "is_nested", "itemsize", "nbytes",
@@ -40,6 +42,9 @@ _METHODS = (
 _DESCRIPTIONS = frozenset(getattr(Tensor, name).__get__ for name in _GETTERS) | {
     getattr(Tensor, name) for name in _METHODS
 }
+
+_NEW = tuple(getattr(Tensor, name) for name in NEW)
+_LIKE = tuple(getattr(Tensor, name) for name in LIKE)
 
 
 class Described(Tensor):
@@ -72,7 +77,8 @@ class Described(Tensor):
         if func in _DESCRIPTIONS:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        args, kwargs = pytree.tree_map_only(Described, _read, (args, kwargs))
+        is_model = func in _NEW or (func in _LIKE and not isinstance(args[0], Described))
+        args, kwargs = pytree.tree_map_only(Described, _kind if is_model else _read, (args, kwargs))
         return func(*args, **kwargs)
 
     @classmethod
@@ -80,6 +86,10 @@ class Described(Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         return cls.__torch_function__(func, types, args, kwargs)
+
+
+def _kind(described: Described) -> Tensor:
+    return torch.empty(0, dtype=described.dtype, device=described.device)
 
 
 def _read(described: Described) -> Tensor:
@@ -129,18 +139,20 @@ class _Probe(StandIn):
     Attributes:
         reads: names of the parameters that were computed with.
         is_passed_by: whether the layer was called by a reference that does not lead through here.
+        is_mapped: whether it was called inside torch.vmap.
     """
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__(layer, "layer", layer)
         self.reads: set[str] = set()
-        self.is_passed_by = False
+        self.is_passed_by = self.is_mapped = False
         self._is_inside = False
         self._compute = layer.forward
         layer.forward = self._called
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         self._is_inside = True
+        self.is_mapped |= any(torch._C._functorch.is_batchedtensor(x) for x in args if isinstance(x, Tensor))
         try:
             return self.get_submodule("layer")(*args, **kwargs)
         finally:
@@ -158,7 +170,7 @@ class _Probe(StandIn):
             )
         if self.is_passed_by:
             return "forward calls it by a reference that is none of the model's submodules; register it as one"
-        return None
+        return MAPPED if self.is_mapped else None
 
     def _called(self, *args: Any, **kwargs: Any) -> Any:
         self.is_passed_by |= not self._is_inside
@@ -184,6 +196,8 @@ def fixed_layers(model: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str
         for name in layers:
             try:
                 found |= _tried(model, {name}, args, kwargs, reference)
+            except CaptureError as error:
+                found[name] = str(error)
             except Exception as error:
                 found[name] = f"forward does not run with another module in its place: {reason(error)}"
     return found | hooked
@@ -203,5 +217,8 @@ def _tried(
     with plain_attention():
         found = run(copied, args, kwargs)
     if len(found) != len(reference) or not all(map(torch.equal, found, reference)):
-        raise CaptureError("its outputs are others then")
+        raise CaptureError(
+            "forward computes something else with another module in its place, as code that asks for its class does; "
+            "call it whatever it is"
+        )
     return {name: why for name, probe in probes.items() if (why := probe.obstacle()) is not None}

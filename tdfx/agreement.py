@@ -13,7 +13,7 @@ from tdfx.inputs import run
 from tdfx.passes.verify import relative_difference
 
 # Allowed between the model's outputs and the normalized graph's; folding BatchNorm rounds weights anew.
-RTOL = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+_RTOL = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
 def run_plain(model: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor]) -> list[Tensor]:
@@ -22,12 +22,24 @@ def run_plain(model: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, T
         return run(model, args, kwargs)
 
 
-def compare(reference: list[Tensor], found: list[Tensor]) -> float:
+def allowed_difference(module: nn.Module, output: Tensor) -> float:
+    """How much of its largest value an output may differ by rounding: of its dtype's, or of coarser parameters'."""
+    if output.dtype not in _RTOL:
+        return 0.0
+    return max(_RTOL.get(dtype, 0.0) for dtype in {output.dtype, *(value.dtype for value in module.parameters())})
+
+
+def compare(reference: list[Tensor], found: list[Tensor], module: nn.Module) -> float:
     """The largest difference of two runs' outputs, relative to each output's largest value.
+
+    Args:
+        reference: outputs of the model.
+        found: outputs of what is to compute the same.
+        module: one of the two, whose parameters say how finely it computes.
 
     Raises:
         CaptureError: they are not equally many.
-        VerificationError: one differs by more than its dtype's ``RTOL``, or is NaN in the model itself.
+        VerificationError: one differs by more than ``allowed_difference``, or is NaN in the model itself.
     """
     if len(reference) != len(found):
         raise CaptureError(
@@ -39,7 +51,7 @@ def compare(reference: list[Tensor], found: list[Tensor]) -> float:
         if bool(torch.isnan(wanted).any()):
             raise VerificationError(f"output {index} of the model itself holds NaN on the example inputs; use others")
         absolute, relative = relative_difference(wanted, got)
-        allowed = RTOL.get(wanted.dtype, 0.0)
+        allowed = allowed_difference(module, wanted)
         if not relative <= allowed:
             raise VerificationError(
                 f"output {index} of the captured graph ({got.dtype}) differs from the model's ({wanted.dtype}) by "

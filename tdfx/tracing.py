@@ -11,10 +11,12 @@ from tdfx.agreement import run_plain
 from tdfx.errors import CaptureError
 from tdfx.passes.capture import has_stock_forward, symbolic_trace
 from tdfx.passes.capture_in_place import capture_in_place
+from tdfx.passes.describe_parameters import DescribeParameters
 from tdfx.passes.drop_unread import DropUnread
 from tdfx.passes.export_trace import export_trace
 from tdfx.passes.fold_weights import FoldWeights
-from tdfx.passes.in_place import sharing
+from tdfx.passes.free_devices import FreeDevices
+from tdfx.passes.in_place import FIXED, sharing
 from tdfx.passes.layer_operators import parameter_read
 from tdfx.passes.lift_layers import LiftLayers
 from tdfx.passes.lift_modules import LiftModules
@@ -91,7 +93,12 @@ def _trace_graph(
         lifted = trials.agree(lift(exported, model, trainable))
     except CaptureError as error:
         if traced is not None:
-            return FX, traced, (f"symbolic tracing does not see all layers, and {error}",)
+            why = f"symbolic tracing does not see all layers, and {error}"
+            in_place = trials.check(capture_in_place(model, args, kwargs))
+            replaceable = _count_called(sharing(model), args, kwargs) - len(in_place.meta[FIXED])
+            if replaceable > len(_layers(traced)):
+                return INPLACE, in_place, (f"captured in place, where forward stays Python code: {why}",)
+            return FX, traced, (why,)
         raise CaptureError(f"{problem}. {error}") from error
     if traced is not None and len(_layers(traced)) >= len(_layers(lifted)):
         return FX, traced, ()
@@ -101,8 +108,9 @@ def _trace_graph(
 def lift(operators: nn.Module, model: nn.Module, trainable: bool) -> fx.GraphModule:
     """A graph of operators, or of modules, as one that calls the layers of ``model``."""
     assert isinstance(operators, fx.GraphModule)
-    folded = operators if trainable else FoldWeights().run(operators)
-    return DropUnread().run(LiftModules(model).run(LiftLayers(model).run(folded)))
+    described = DescribeParameters().run(operators)
+    folded = described if trainable else FoldWeights().run(described)
+    return FreeDevices().run(DropUnread().run(LiftModules(model).run(LiftLayers(model).run(folded))))
 
 
 def _layers(graph_module: fx.GraphModule) -> set[str]:

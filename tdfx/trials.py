@@ -51,7 +51,7 @@ class Trials:
         buffers = {name: buffer.clone() for name, buffer in traced.named_buffers()}
         try:
             with quiet():
-                compare(reference, run_plain(traced, args, kwargs))
+                compare(reference, run_plain(traced, args, kwargs), traced)
         except Exception as error:
             raise CaptureError(f"the graph does not compute what the model does: {reason(error)}") from error
         written = [name for name, buffer in traced.named_buffers() if not torch.equal(buffer, buffers[name])]
@@ -68,7 +68,7 @@ class Trials:
         if self.reference is None:
             return traced
         try:
-            compare(self.reference, run(traced, self.args, self.kwargs))
+            compare(self.reference, run(traced, self.args, self.kwargs), traced)
         except Exception as error:
             raise CaptureError(
                 f"the graph is of the example inputs' sizes and not of {self.sizes}: {reason(error)}; leave out of "

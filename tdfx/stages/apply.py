@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx, nn
 
-from tdfx.agreement import RTOL
+from tdfx.agreement import allowed_difference
 from tdfx.chains import Solved, biases_of, replacements_of, solve
 from tdfx.correction import Unfit, correct_batch_norms, correct_spread
 from tdfx.decompositions import method_for, registry
@@ -396,7 +396,7 @@ def _verify_network(
         run(reference, captured.args, captured.kwargs), run(compressed, captured.args, captured.kwargs), strict=True
     ):
         absolute, relative = relative_difference(wanted, found)
-        if not relative <= 10 * RTOL.get(wanted.dtype, 0.0):
+        if not relative <= 10 * allowed_difference(reference, wanted):
             raise VerificationError(
                 f"the rewritten network differs from the one with reconstructed weights by {absolute:.3g} "
                 f"({relative:.3g} of the largest output)",

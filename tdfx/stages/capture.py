@@ -13,10 +13,11 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from tdfx.agreement import compare, run_plain
+from tdfx.contained import quiet
 from tdfx.dynamic import BATCH, Dynamic, check_dynamic
-from tdfx.errors import CaptureError, InputError, OptionError
+from tdfx.errors import CaptureError, InputError, OptionError, TdfxError
 from tdfx.fingerprint import structure_fingerprint, weights_fingerprint
-from tdfx.inputs import Inputs, as_call
+from tdfx.inputs import Inputs, as_call, run
 from tdfx.model_check import check_devices, check_values
 from tdfx.passes.capture import has_hooks, has_stock_forward, is_reparametrized, isolate
 from tdfx.passes.capture_in_place import NOT_CALLED, kept_batch_norms, not_called
@@ -41,6 +42,7 @@ from tdfx.trials import at_other_sizes
 
 Model = nn.Module | ExportedProgram | str | Path
 
+FUSED = nn.TransformerEncoder | nn.TransformerEncoderLayer | nn.MultiheadAttention
 UPDATED = "forward updates this buffer in eval mode"
 
 
@@ -114,11 +116,16 @@ def capture(
         original, notes = _isolated(model, keep_hooks=True)
     # The model first: what it sets up in itself when it runs is then the same in all views of it.
     reference = _run_model(original, *given)
-    compare(reference, reference)
+    compare(reference, reference, original)
     network = _flat(original, signature)
     if not signature.is_plain:
-        compare(reference, run_plain(network, args, kwargs))
-    notes = (*notes, *_constant_notes(signature), *(_reparametrized_notes(model) if trainable else ()))
+        compare(reference, run_plain(network, args, kwargs), network)
+    notes = (
+        *notes,
+        *_fast_path_notes(original, given, reference),
+        *_constant_notes(signature),
+        *(_reparametrized_notes(model) if trainable else ()),
+    )
     changed = _restore_buffers(original, buffers)
     trials = at_other_sizes(network, signature, dynamic, args, kwargs, reference)
     unpacked = unpack_attention(network, trainable=trainable)
@@ -157,7 +164,7 @@ def capture(
         structure=structure,
         weights=weights,
         skipped=hidden,
-        max_rel_diff=compare(reference, run_plain(module, args, kwargs)),
+        max_rel_diff=compare(reference, run_plain(module, args, kwargs), module),
         notes=(*notes, *tier_notes, *trials.notes),
         signature=signature,
     )
@@ -242,6 +249,24 @@ def _run_model(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any
     return outputs
 
 
+def _fast_path_notes(
+    model: nn.Module, given: tuple[tuple[Any, ...], dict[str, Any]], reference: list[Tensor]
+) -> tuple[str, ...]:
+    """A word where torch's fused transformer layers return other values than those that the result is compared to."""
+    if not any(isinstance(module, FUSED) for module in model.modules()):
+        return ()
+    try:
+        with quiet():
+            compare(reference, run(model, *given), model)
+    except TdfxError:
+        return (
+            "without gradients torch runs these transformer layers fused, which returns other values on the example "
+            "inputs (zeros at padded positions); the result returns what the layers compute one by one, as in training "
+            "and after torch.backends.mha.set_fastpath_enabled(False)",
+        )
+    return ()
+
+
 def _restore_buffers(model: nn.Module, before: Mapping[str, Tensor]) -> tuple[str, ...]:
     """Names of the buffers that forward writes to, which a graph does not repeat; they are set back."""
     changed = []
@@ -304,7 +329,8 @@ def _train_notes(original: nn.Module, traced: fx.GraphModule) -> tuple[str, ...]
         is_own = not type(module).__module__.startswith("torch.")
         forward: Any = getattr(type(module), "forward", None)
         code = getattr(inspect.unwrap(forward), "__code__", None)
-        inside = any(f"{name}.".startswith(f"{leaf}.") or leaf.startswith(_join(name, "dropout_")) for leaf in called)
+        made = tuple(_join(name, f"{kind}_") for kind in ("batch_norm", "dropout", "rrelu"))
+        inside = any(f"{name}.".startswith(f"{leaf}.") or leaf.startswith(made) for leaf in called)
         if is_own and not inside and code is not None and "training" in code.co_names:
             notes.append(
                 f"{name or type(module).__name__}: forward asks for self.training; the result computes there as in "

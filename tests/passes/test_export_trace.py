@@ -345,3 +345,8 @@ def test_another_input_of_the_batchs_size_does_not_fix_it() -> None:
     assert notes == ()
     x = torch.randn(3, 5, 6)
     torch.testing.assert_close(graph_module(x, table), model(x, table), rtol=0, atol=0)
+
+
+def test_maps_over_the_batch_are_refused() -> None:
+    with pytest.raises(CaptureError, match=r"torch.vmap and the like inside forward are not part of a graph"):
+        exported(Functions(lambda net, x: torch.vmap(net.linear)(x)), X)

@@ -213,6 +213,19 @@ NORMS: dict[str, Case] = {
 }  # fmt: skip
 
 
+def track(dims: int) -> nn.Module:
+    kind = {1: nn.InstanceNorm1d, 2: nn.InstanceNorm2d}[dims]
+    return kind(4, affine=True, track_running_stats=True)
+
+
+NORMS |= {
+    "InstanceNorm1d": (lambda: track(1), SEQUENCE, ["InstanceNorm1d"]),
+    "InstanceNorm2d": (
+        lambda: nn.Sequential(nn.Conv2d(4, 4, 1), track(2)), IMAGE, ["Conv2d", "InstanceNorm2d"],
+    ),
+}  # fmt: skip
+
+
 def prepared(model: nn.Module, shape: tuple[int, ...]) -> tuple[nn.Module, Tensor]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
@@ -226,7 +239,7 @@ def prepared(model: nn.Module, shape: tuple[int, ...]) -> tuple[nn.Module, Tenso
 def test_batch_norm_normalizes_as_in_the_model(name: str, depth: int) -> None:
     factory, shape, expected = NORMS[name]
     model, x = prepared(Outer(factory()) if depth else factory(), shape)
-    if depth == 0 and isinstance(model, nn.modules.batchnorm._BatchNorm):
+    if depth == 0 and isinstance(model, nn.modules.batchnorm._NormBase):
         model = nn.Sequential(model).eval()  # a root is no layer
     found = lifted(model, x)
     assert kinds(found) == expected
@@ -246,6 +259,39 @@ def test_batch_norm_with_a_computed_weight_or_of_the_batch_stays_an_operator() -
         found = lifted(model, x)
         assert "BatchNorm1d" not in kinds(found)
         same(found(x), model(x))
+
+
+class Slopes(nn.RReLU):
+    """More than RReLU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+SLOPES: dict[str, Case] = {
+    "RReLU": (lambda: Functions(lambda net, x, act: act(x), nn.RReLU(0.1, 0.9)), FLAT, ["RReLU"]),
+    "in place": (lambda: Functions(lambda net, x, act: act(x) + 1, nn.RReLU(inplace=True)), FLAT, ["RReLU"]),
+    "a forward of its own": (lambda: Functions(lambda net, x, act: act(x), Slopes()), FLAT, ["RReLU"]),
+    "functional": (lambda: Functions(lambda net, x: F.rrelu(x, 0.2, 0.8, net.training)), FLAT, ["RReLU"]),
+    "functional in place": (
+        lambda: Functions(lambda net, x: F.rrelu(x, training=net.training, inplace=True)), FLAT, ["RReLU"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SLOPES)
+def test_random_slopes_are_drawn_as_in_the_model(name: str) -> None:
+    factory, shape, expected = SLOPES[name]
+    model, x = factory().eval(), torch.randn(shape)
+    found = lifted(model, x)
+    assert kinds(found) == ["Linear", *expected]
+    same(found(x), model(x))
+    check_training(found, model, x)
+
+
+def test_instance_norm_of_the_input_alone_stays_an_operator() -> None:
+    model, x = nn.Sequential(nn.Conv1d(4, 4, 1), nn.InstanceNorm1d(4)).eval(), torch.randn(SEQUENCE)
+    assert kinds(lifted(model, x)) == ["Conv1d"]
 
 
 # Recurrent layers

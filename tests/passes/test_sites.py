@@ -380,3 +380,27 @@ def test_inputs_are_bound_in_the_order_of_the_placeholders() -> None:
     module = capture(Named(), (a,), {"c": c, "b": b}).module
     bound = bind(module, (a,), {"c": c, "b": b})
     assert all(one is other for one, other in zip(bound, (a, b, c), strict=True))
+
+
+class Raw(nn.Module):
+    """Weights outside of layers: in a product, in a sum, and in buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.product, self.term = nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.randn(1, 4))
+        self.register_buffer("kernel", torch.randn(4, 4))
+        self.register_buffer("table", torch.randn(1, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.einsum("bi,ij->bj", x, self.product) + self.term
+        return F.linear(y, self.kernel) + self.table
+
+
+def test_weights_outside_of_layers_have_reasons_and_remedies() -> None:
+    reasons = skips(Raw(), torch.randn(2, 4))
+    advice = "use a layer, or a function of torch.nn.functional on the whole parameter"
+    assert reasons == {
+        "product": f"a parameter that einsum reads; only weights of layers are compressed: {advice}",
+        "term": "a parameter that add reads; only weights of layers are compressed",
+        "kernel": "a buffer that linear reads; only parameters are compressed: make it one",
+    }

@@ -56,3 +56,24 @@ def test_layers_with_hooks_that_are_needed_are_fixed() -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     model[1].register_forward_hook(lambda module, args, output: output + 1)
     assert fixed_layers(model, (torch.ones(2, 3),), {}) == {"1": "it has hooks, without which the model does not run"}
+
+
+class Classes(nn.Module):
+    """Goes by the class of what it holds, and calls one of it inside a map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(3, 3), nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x) if isinstance(self.first, nn.Linear) else x
+        found: Tensor = torch.vmap(self.last)(y)
+        return found
+
+
+def test_what_goes_by_classes_or_maps_over_the_batch_is_fixed() -> None:
+    assert fixed_layers(Classes(), (torch.ones(2, 3),), {}) == {
+        "first": "forward computes something else with another module in its place, as code that asks for its class "
+        "does; call it whatever it is",
+        "last": "forward calls it inside torch.vmap, where its inputs are not seen; call it on the whole batch",
+    }

@@ -18,6 +18,8 @@ from networks import NETWORKS, build
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
+from tdfx import agreement
+from tdfx.contained import quiet
 from tdfx.errors import CaptureError, InputError, VerificationError, WeightError
 from tdfx.passes.count import count
 from tdfx.passes.shape_prop import ShapeProp
@@ -477,6 +479,45 @@ def test_a_forward_that_asks_for_the_mode_is_noted_when_it_must_train() -> None:
     assert capture(model, X).notes == ()
     (note,) = capture(model[0], X, trainable=True).notes
     assert note.startswith("Asking: ")
+
+
+def test_what_is_lifted_needs_no_note_on_the_mode() -> None:
+    class Normalizing(Conv):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("mean", torch.zeros(4))
+            self.register_buffer("var", torch.ones(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = F.batch_norm(self.conv(x), self.mean, self.var, training=self.training)
+            return F.rrelu(F.dropout(y, training=self.training), training=self.training)
+
+    assert capture(Normalizing(), X, trainable=True, capture="export").notes == ()
+
+
+def test_padded_rows_of_fused_transformer_layers_are_noted() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2).eval()
+    x, mask = torch.randn(2, 5, 8), torch.zeros(2, 5, dtype=torch.bool)
+    assert capture(model, x, {"src_key_padding_mask": mask}).notes == ()
+    mask[0, 3:] = True
+    (note,) = capture(model, x, {"src_key_padding_mask": mask}).notes
+    assert note.startswith("without gradients torch runs these transformer layers fused")
+    with torch.no_grad(), quiet():
+        assert not model(x, src_key_padding_mask=mask)[0, 3:].any()
+
+
+def test_a_network_that_returns_a_finer_dtype_than_it_computes_in_is_taken() -> None:
+    class Wide(Conv):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(x).double()
+
+    model = nn.Sequential(nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3), Wide())
+    model.train()(X)
+    assert 1e-9 < capture(model.eval(), X).max_rel_diff < 1e-5
+    wide = torch.ones(1).double()
+    with pytest.raises(VerificationError, match=r"allowed 1e-09"):
+        agreement.compare([wide], [wide + 1e-6], nn.Linear(1, 1).double())
 
 
 def test_a_captured_graph_is_pickled_copied_and_captured_again() -> None:

@@ -111,12 +111,26 @@ def test_layers_that_nothing_can_stand_in_for_are_skipped_with_reasons() -> None
     reasons = {entry.layer: entry.reason for entry in planned(capture(model, first)).skipped}
     assert reasons["read"].startswith("forward computes with its bias and weight directly")
     assert reasons["hidden"].startswith("forward calls it by a reference that is none of the model's submodules")
-    assert reasons["asked"].startswith("forward does not run with another module in its place")
+    assert reasons["asked"].startswith("forward computes something else with another module in its place")
     assert reasons["tied"].startswith("it shares parameters with a function in forward")
     assert reasons["matrix"].startswith("a parameter of Readers, not of a layer")
     model, first, _ = build_python("encoder")
     reasons = {entry.layer: entry.reason for entry in planned(capture(model, first)).skipped}
     assert reasons["other.self_attn.out_proj"].startswith("forward computes with its bias and weight directly")
+
+
+def test_parameters_in_lists_are_no_layers() -> None:
+    class Listed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weights, self.fc = nn.ParameterList([torch.randn(4, 4)]), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(x @ self.weights[0])
+
+    (skipped,) = capture(Listed(), torch.ones(2, 4), capture="inplace").skipped
+    assert skipped.layer == "weights.0"
+    assert skipped.reason.startswith("a parameter of ParameterList, not of a layer")
 
 
 def test_the_linear_layer_of_transformers_has_a_remedy() -> None:
