@@ -15,7 +15,7 @@ from tdfx.passes.describe_parameters import DescribeParameters
 from tdfx.passes.drop_unread import DropUnread
 from tdfx.passes.export_trace import export_trace
 from tdfx.passes.fold_weights import FoldWeights
-from tdfx.passes.free_devices import FreeDevices
+from tdfx.passes.free_literals import FreeLiterals
 from tdfx.passes.in_place import FIXED, sharing
 from tdfx.passes.layer_operators import parameter_read
 from tdfx.passes.lift_layers import LiftLayers
@@ -110,7 +110,7 @@ def lift(operators: nn.Module, model: nn.Module, trainable: bool) -> fx.GraphMod
     assert isinstance(operators, fx.GraphModule)
     described = DescribeParameters().run(operators)
     folded = described if trainable else FoldWeights().run(described)
-    return FreeDevices().run(DropUnread().run(LiftModules(model).run(LiftLayers(model).run(folded))))
+    return FreeLiterals().run(DropUnread().run(LiftModules(model).run(LiftLayers(model).run(folded))))
 
 
 def _layers(graph_module: fx.GraphModule) -> set[str]:

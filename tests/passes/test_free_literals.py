@@ -1,4 +1,4 @@
-"""A graph that makes tensors makes them where its inputs are."""
+"""Graphs make tensors where the network is, and of its precision where that is half."""
 
 # Calling a module returns Any.
 # mypy: disable-error-code="no-any-return"
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import tdfx
 from tdfx.passes.capture import isolate
 from tdfx.passes.export_trace import export_trace
-from tdfx.passes.free_devices import FreeDevices
+from tdfx.passes.free_literals import FreeLiterals
 
 X = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
 
@@ -45,15 +45,49 @@ def test_a_moved_graph_makes_tensors_on_its_own_device() -> None:
     exported, _ = export_trace(model, (X,), {})
     with pytest.raises(RuntimeError, match="meta"):
         copy.deepcopy(exported).to("meta")(X.to("meta"))
-    freed = FreeDevices().run(exported)
+    freed = FreeLiterals().run(exported)
     torch.testing.assert_close(freed(X), model(X), rtol=0, atol=0)
     assert freed.to("meta")(X.to("meta")).device.type == "meta"
 
 
-def test_graphs_without_inputs_or_devices_stay() -> None:
-    for model, args in ((Constant(), ()), (nn.Linear(8, 8), (X,))):
-        exported, _ = export_trace(isolate(model)[0], args, {})
-        assert str(FreeDevices().run(exported).graph) == str(exported.graph)
+def test_a_graph_without_inputs_moves_too() -> None:
+    exported, _ = export_trace(isolate(Constant())[0], (), {})
+    assert FreeLiterals().run(exported).to("meta")().device.type == "meta"
+
+
+def test_a_graph_that_makes_nothing_stays() -> None:
+    exported, _ = export_trace(isolate(nn.Linear(8, 8))[0], (X,), {})
+    assert str(FreeLiterals().run(exported).graph) == str(exported.graph)
+
+
+class Mixed(nn.Module):
+    """Computes a softmax in float32 whatever it is given, and adds a tensor of its input's dtype."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.out = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.register_buffer("kind", torch.ones(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.fc(x).float().softmax(-1).to(x.dtype)
+        return self.out(y + torch.ones(8, dtype=x.dtype, device=x.device) * self.kind)
+
+
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+def test_half_precision_is_left_again(half: torch.dtype) -> None:
+    model = isolate(Mixed().to(half))[0]
+    exported, _ = export_trace(model, (X.to(half),), {})
+    freed = FreeLiterals().run(exported)
+    torch.testing.assert_close(freed(X.to(half)), model(X.to(half)), rtol=0, atol=0)
+    torch.testing.assert_close(freed.float()(X), model.float()(X), rtol=0, atol=0)
+    literals = [value for node in freed.graph.nodes for value in (*node.args, *node.kwargs.values())]
+    assert torch.float32 in literals and half not in literals
+
+
+def test_float32_stays_as_it_may_be_meant() -> None:
+    exported, _ = export_trace(isolate(Mixed())[0], (X,), {})
+    freed = FreeLiterals().run(exported)
+    assert [node for node in freed.graph.nodes if torch.float32 in (*node.args, *node.kwargs.values())]
 
 
 def test_results_move_and_are_saved(tmp_path: object) -> None:
