@@ -98,10 +98,8 @@ class InputMeans(AnalysisPass[dict[str, Tensor]]):
             return None
         layer = layer_at(graph_module, str(node.target))
         shape = self.metas[node.all_input_nodes[0].name].shape
-        if isinstance(layer, nn.Linear):
-            # Channels are dimension 1, features the last one.
-            return value.mean if len(shape) == 2 and shape[1] == len(value.mean) else None
-        if len(shape) != layer.weight.dim():
+        # Channels are dimension 1, the features of a linear layer the last one.
+        if len(shape) != layer.weight.dim() or shape[1] != len(value.mean):
             return None
         sample = value.mean.reshape(1, -1, *[1] * (len(shape) - 2)).expand(1, *shape[1:])
         return im2col(sample, layer).mean(0)

@@ -49,6 +49,7 @@ def found(
         (lambda net, y, x: F.relu(x + y), "add_relu"),
         (lambda net, y, x: net.relu(x + y), "add_relu"),
         (lambda net, y, x: F.gelu(x + y), "add"),
+        (lambda net, y, x: y * x, ""),
         (lambda net, y, x: y + 1.0, ""),
         (lambda net, y, x: y + x.mean((2, 3), keepdim=True), ""),
         (lambda net, y, x: F.relu(y) * y, ""),

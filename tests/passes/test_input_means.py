@@ -137,6 +137,22 @@ def test_columns_are_those_of_the_layer() -> None:
     assert means(net)["second"].shape == (layer_at(module, "second").weight[0].numel(),)
 
 
+class Sequences(nn.Module):
+    """A linear layer on the last dimension of what BatchNorm normalised along another one, of the same size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.linear = nn.Conv1d(3, 4, 1), nn.BatchNorm1d(4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.linear(self.norm(self.first(x)))
+        return y
+
+
+def test_features_are_not_channels() -> None:
+    assert means(Sequences().eval(), x=torch.randn(2, 3, 4)) == {}
+
+
 class InPlace(nn.Module):
     """A BatchNorm whose output is overwritten, by an operation whose own result nobody reads."""
 

@@ -173,6 +173,10 @@ STAYING: dict[str, Callable[[Any, Tensor], Any]] = {
     "scaled product": lambda net, x: torch.addmm(net.bias, x, net.square, alpha=0.5),
     "lookup that rescales": lambda net, x: F.embedding(x.argmax(1), net.square, max_norm=1.0).sum(1),
     "computed bias of a convolution": lambda net, x: F.conv1d(x.unsqueeze(0).mT, net.kernel, net.bias * 2, padding=1),
+    "computed bias of a norm": lambda net, x: F.layer_norm(x, (4,), net.bias * 2, net.bias),
+    "computed shift of a norm": lambda net, x: F.layer_norm(x, (4,), net.bias, net.bias * 2),
+    "group norm without a bias": lambda net, x: F.group_norm(x, 2, net.bias),
+    "computed padding": lambda net, x: F.conv1d(x.unsqueeze(0).mT, net.kernel, padding=x.shape[0] // 4),
     "product of values": lambda net, x: x @ x.transpose(0, 1),
     "values transposed by a layer": lambda net, x: x @ net.transpose(net.square),
 }

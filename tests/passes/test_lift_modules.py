@@ -397,3 +397,69 @@ def test_networks_train_as_they_did(name: str) -> None:
 def test_names_of_parameters_and_statistics_stay() -> None:
     model, _, _ = build("regularized")
     assert network("regularized").state_dict().keys() == model.state_dict().keys()
+
+
+def test_batch_norm_of_unknown_dimensions_stays_an_operator() -> None:
+    model, x = prepared(Outer(Statistics("running_mean")), SEQUENCE)
+    exported, _ = export_trace(model, (x,), {})
+    for node in exported.graph.nodes:
+        node.meta.pop("val", None)
+    found = LiftModules(model).run(exported)
+    assert kinds(found) == []
+    same(found(x), model(x))
+
+
+class Gated(nn.Module):
+    """A GRU as a function of parameters."""
+
+    def __init__(self, scale: float, training: bool) -> None:
+        super().__init__()
+        self.rnn, self.scale, self.mode = nn.GRU(6, 5, num_layers=2), scale, training
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = [weight if self.scale == 1.0 else weight * self.scale for weight in self.rnn.parameters()]
+        state = x.new_zeros(2, x.shape[1], 5)
+        options = (True, 2, 0.5 if self.mode else 0.0, self.mode, False, False)
+        return torch.gru(x, state, weights, *options)[0]
+
+
+@pytest.mark.parametrize(("scale", "training", "expected"), [(1.0, False, ["GRU"]), (2.0, False, []), (1.0, True, [])])
+def test_recurrence_with_computed_weights_or_dropout_that_is_on_stays(
+    scale: float, training: bool, expected: list[str]
+) -> None:
+    model, x = Gated(scale, training).eval(), torch.randn(3, 4, 6)
+    exported, _ = export_trace(model, (x,), {})
+    found = LiftModules(model).run(exported)
+    assert kinds(found) == expected
+    for module in (found, model):
+        torch.manual_seed(0)
+        outputs = [module(x) for _ in range(2)]
+        assert torch.equal(*outputs) is not training
+
+
+class Bags(nn.EmbeddingBag):
+    """More than a bag."""
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return 2 * super().forward(x)
+
+
+class Counting(nn.Module):
+    """A bag as a function, of which more than the sums are read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bag = nn.EmbeddingBag(7, 4, mode="sum")
+
+    def forward(self, x: Tensor) -> Any:
+        offsets = torch.arange(0, x.numel(), x.shape[1])
+        sums, _, sizes, _ = torch.embedding_bag(self.bag.weight, x.reshape(-1), offsets)
+        return sums, sizes
+
+
+@pytest.mark.parametrize("model", [nn.Sequential(Bags(7, 4, mode="sum")), Counting()])
+def test_bags_with_more_to_them_stay_operators(model: nn.Module) -> None:
+    x = torch.randint(7, (3, 4))
+    found = lifted(model.eval(), x)
+    assert kinds(found) == []
+    same(found(x), model(x))

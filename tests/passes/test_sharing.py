@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from tdfx.passes.capture import isolate, symbolic_trace
 from tdfx.passes.lift_layers import LiftLayers
-from tdfx.passes.sharing import GRAPH, sharing_groups
+from tdfx.passes.sharing import GRAPH, sharers, sharing_groups
 
 
 class Sharing(nn.Module):
@@ -47,6 +47,11 @@ def test_layers_inside_a_layer_of_torch_are_no_sharers() -> None:
     lifted = LiftLayers(model).run(symbolic_trace(isolate(model)[0], (x,), {}))
     assert sharing_groups(lifted) == ()
     assert len({node.target for node in lifted.graph.nodes if node.op == "call_module"}) == 3
+
+
+def test_a_module_without_parameters_shares_none() -> None:
+    traced = symbolic_trace(isolate(nn.Sequential(nn.Linear(4, 4), nn.ReLU()))[0], (torch.randn(2, 4),), {})
+    assert sharers(traced, "1") == ()
 
 
 def test_nothing_shared_is_no_group() -> None:

@@ -339,6 +339,8 @@ def test_a_subclass_without_a_forward_of_its_own_becomes_torchs_layer() -> None:
 
     rnn: Recurrent = Mine(IN, HIDDEN)
     x = torch.randn(LENGTH, BATCH, IN)
-    made = with_input(core(rnn), input_layer(rnn))
+    linear = input_layer(rnn)
+    made = with_input(core(rnn), linear)
     assert type(made) is nn.LSTM
+    assert made.weight_ih_l0 is linear.weight
     same(made(x), rnn(x), rtol=0)
