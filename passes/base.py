@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from typing import Any, Generic, TypeVar, cast
 
 from torch import fx, nn
@@ -81,12 +82,52 @@ def assemble(root: nn.Module, graph: fx.Graph) -> fx.GraphModule:
     """A graph over the parts of ``root`` that it uses; what torch.fx adds to hold them is set up as in ``root``."""
     if isinstance(root, InPlace):
         return InPlace(root.root, graph)
-    graph_module = fx.GraphModule(root, graph, type(root).__name__)
+    graph_module = Network(root, graph, type(root).__name__)
     for name, holder in graph_module.named_modules():
-        given = root.get_submodule(name)
-        holder.training = given.training
-        holder._non_persistent_buffers_set |= given._non_persistent_buffers_set & holder._buffers.keys()
+        holder.training = root.get_submodule(name).training
+    _keep_out(graph_module, _kept_out(root))
     return graph_module
+
+
+class Network(fx.GraphModule):
+    """A graph module whose copies have in their state dict what it has; in torch.fx's own, all buffers are."""
+
+    def __copy__(self) -> fx.GraphModule:
+        copied = assemble(self, self.graph)
+        copied.meta = self.meta
+        return copied
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> fx.GraphModule:
+        copied = super().__deepcopy__(memo)
+        _keep_out(copied, _kept_out(self))
+        return copied
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        make, args = super().__reduce__()
+        return _unpickled, (make, args, _kept_out(self))
+
+
+def _unpickled(
+    make: Callable[..., fx.GraphModule], args: tuple[Any, ...], kept_out: Mapping[str, set[str]]
+) -> fx.GraphModule:
+    plain = make(*args)
+    _keep_out(plain, kept_out)
+    graph_module = assemble(plain, plain.graph)
+    for name, value in vars(plain).items():
+        if not hasattr(graph_module, name):
+            setattr(graph_module, name, value)
+    return graph_module
+
+
+def _kept_out(root: nn.Module) -> dict[str, set[str]]:
+    """By module, names of its buffers that are in no state dict."""
+    modules = root.named_modules(remove_duplicate=False)
+    return {name: set(part._non_persistent_buffers_set) for name, part in modules if part._non_persistent_buffers_set}
+
+
+def _keep_out(graph_module: fx.GraphModule, names: Mapping[str, set[str]]) -> None:
+    for name, holder in graph_module.named_modules(remove_duplicate=False):
+        holder._non_persistent_buffers_set |= names.get(name, set()) & holder._buffers.keys()
 
 
 def describe(graph_module: fx.GraphModule) -> tuple[str, tuple[tuple[str, int], ...]]:

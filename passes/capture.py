@@ -106,7 +106,15 @@ for _operation in (
 
 
 class _NestedProxies(TorchFunctionMode):
-    """Traces functions that meet proxies inside lists alone, as torch.zeros((batch, 3)) does; torch.fx misses them."""
+    """Traces functions that meet proxies inside lists alone, as torch.zeros((batch, 3)) does; torch.fx misses them.
+
+    Args:
+        tracer: traces functions that meet no proxies either, as torch.zeros(3).
+    """
+
+    def __init__(self, tracer: fx.Tracer | None) -> None:
+        super().__init__()
+        self.tracer = tracer
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -115,9 +123,8 @@ class _NestedProxies(TorchFunctionMode):
         if types:
             return func(*args, **kwargs)
         found = next((leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, fx.Proxy)), None)
-        if found is None:
-            return func(*args, **kwargs)
-        return found.tracer.create_proxy("call_function", func, args, kwargs)
+        tracer = self.tracer if found is None else found.tracer
+        return func(*args, **kwargs) if tracer is None else tracer.create_proxy("call_function", func, args, kwargs)
 
 
 class LayerTracer(fx.Tracer):
@@ -127,16 +134,18 @@ class LayerTracer(fx.Tracer):
     that behaves differently in training (stochastic depth and the like), so that it keeps doing so.
 
     Args:
-        given: the call; placeholders stand for what it gives. None is torch.fx's rule, which unpickling needs.
+        given: the call; placeholders stand for what it gives. None is torch.fx's rule, for a graph that is unpickled:
+            whatever its code calls was in the graph.
     """
 
     def __init__(self, given: inspect.BoundArguments | None = None) -> None:
         super().__init__()
         self.given = given
+        self.proxy_buffer_attributes = given is None
         self._autocast = _autocast()
 
     def trace(self, root: nn.Module | Callable[..., Any], concrete_args: dict[str, Any] | None = None) -> fx.Graph:
-        with _NestedProxies():
+        with _NestedProxies(self if self.given is None else None):
             return super().trace(root, concrete_args)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:

@@ -171,6 +171,29 @@ def test_a_batch_that_cannot_be_free_is_noted() -> None:
 # What a result can do
 
 
+class Positions(nn.Module):
+    """A buffer outside of the state dict, and positions made in forward. Input (batch, 6)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+        self.register_buffer("scale", torch.rand(6), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x * self.scale) + torch.arange(6, device=x.device)
+
+
+@pytest.mark.parametrize("tier", ["fx", "export"])
+def test_copies_have_the_same_state_dict_and_make_the_same_tensors(tier: str) -> None:
+    module = capture(Positions().eval(), X, capture=tier).module
+    copies = [copy.copy(module), copy.deepcopy(module), pickle.loads(pickle.dumps(module))]
+    for other in (*copies, pickle.loads(pickle.dumps(copies[-1])), copy.deepcopy(copies[-1])):
+        other.load_state_dict(module.state_dict())
+        same(other(X), module(X))
+        assert [str(node.target) for node in other.graph.nodes] == [str(node.target) for node in module.graph.nodes]
+        assert copy.deepcopy(other).to("meta")(X.to("meta")).device.type == "meta"
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_result_is_pickled_copied_and_trained(name: str) -> None:
     _, args, kwargs = build(name)
