@@ -157,7 +157,8 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if output is not NotImplemented:
                 return output
         output = func(*args, **kwargs)
-        if formula is not None:
+        # What a forward that takes gradients of its own spends on these is no layer's.
+        if formula is not None and torch._C._current_autograd_node() is None:
             self.workloads.extend(formula(args, output))
         return output
 

@@ -10,6 +10,7 @@ import networkx as nx
 from torch import Tensor, fx
 
 from tdfx.inputs import tensors
+from tdfx.layouts import strided_parts
 from tdfx.passes.base import AnalysisPass
 from tdfx.passes.count import counting
 from tdfx.passes.shape_prop import interpret
@@ -71,8 +72,8 @@ class _Recorder(fx.Interpreter):
         """By address."""
         known = {address: entry for source in n.all_input_nodes for address, entry in self._storages[source].items()}
         held = {}
-        for tensor in tensors(value):
-            storage = tensor.untyped_storage()
+        for part in (part for tensor in tensors(value) for part in strided_parts(tensor)):
+            storage = part.untyped_storage()
             address = storage.data_ptr()
             if storage.nbytes() == 0 or address in self._kept:
                 continue
@@ -91,7 +92,7 @@ class _Recorder(fx.Interpreter):
 
 
 def _addresses(values: Iterable[Tensor]) -> set[int]:
-    return {value.untyped_storage().data_ptr() for value in values}
+    return {part.untyped_storage().data_ptr() for value in values for part in strided_parts(value)}
 
 
 def _name(function: Any) -> str:

@@ -37,7 +37,7 @@ class FreeLiterals(RewritePass):
         while hasattr(graph_module, name):
             name += "_"
         graph_module.register_buffer(name, like.detach().new_empty(0), persistent=False)
-        with graph.inserting_before(next(iter(graph.nodes))):
+        with graph.inserting_before(next(node for node in graph.nodes if node.op != "placeholder")):
             kind = graph.get_attr(name)
             answers = {attribute: graph.call_function(getattr, (kind, attribute)) for attribute in ("device", "dtype")}
         for node in operators:

@@ -115,6 +115,7 @@ def _names(root: nn.Module, count: int) -> list[str]:
     names: list[str] = []
     for parameter in inspect.signature(root.forward).parameters.values():
         if parameter.kind is parameter.VAR_POSITIONAL:
-            return names + [f"{parameter.name}_{index}" for index in range(count - len(names))]
+            names += [f"{parameter.name}_{index}" for index in range(count - len(names))]
+            break
         names.append(parameter.name)
     return names[:count]

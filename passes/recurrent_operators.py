@@ -62,8 +62,11 @@ def recurrent_call(graph_module: fx.GraphModule, node: fx.Node) -> RecurrentCall
     if made is None:
         return None
     names = [name for name, _ in made.named_parameters()]
-    state = tuple(state) if isinstance(state, list | tuple) else state
-    return RecurrentCall(str(held[0].target), holding(made, dict(zip(names, found, strict=True))).eval(), (x, state))
+    states = tuple(state) if isinstance(state, list | tuple) else (state,)
+    # A state of zeros is what the layer starts with itself, in the dtype that it has then.
+    arguments = (x,) if all(part.target is aten.zeros.default for part in states) else (x, state)
+    layer = holding(made, dict(zip(names, found, strict=True))).eval()
+    return RecurrentCall(str(held[0].target), layer, arguments)
 
 
 def _layer(

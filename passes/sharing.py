@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import networkx as nx
 from torch import fx
 
@@ -38,13 +40,18 @@ def sharers(graph_module: fx.GraphModule, layer: str) -> tuple[str, ...]:
     return tuple(sorted(readers - {layer, ""}))  # the root's own parameters are read by GRAPH
 
 
-def sharing_groups(graph_module: fx.GraphModule) -> tuple[tuple[str, ...], ...]:
+def sharing_groups(graph_module: fx.GraphModule, called: Collection[str] | None = None) -> tuple[tuple[str, ...], ...]:
     """Layers that are called and share parameters, directly or through others; ``GRAPH`` with those that it reads.
 
     Groups and their layers are sorted.
+
+    Args:
+        graph_module: the graph.
+        called: names of the layers that are called; None for those of the graph's nodes.
     """
     sharing = sharing_graph(graph_module)
-    called = {node.target for node in graph_module.graph.nodes if node.op == "call_module"}
+    nodes = (node.target for node in graph_module.graph.nodes if node.op == "call_module")
+    called = set(nodes if called is None else called)
     read = set(sharing[GRAPH]) if GRAPH in sharing else set()
     # What functions read has nothing in common but that, so that GRAPH joins no groups.
     between = sharing.subgraph(node for node in sharing if node in called or not isinstance(node, str))

@@ -152,7 +152,7 @@ class _Probe(StandIn):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         self._is_inside = True
-        self.is_mapped |= any(torch._C._functorch.is_batchedtensor(x) for x in args if isinstance(x, Tensor))
+        self.is_mapped |= torch._C._functorch.maybe_current_level() is not None
         try:
             return self.get_submodule("layer")(*args, **kwargs)
         finally:

@@ -177,7 +177,9 @@ def relative_difference(reference: Tensor, other: Tensor) -> tuple[float, float]
         return math.inf, math.inf
     if reference.numel() == 0:
         return 0.0, 0.0
-    a, b = reference.double(), other.double()
+    if reference.is_complex():
+        reference, other = torch.view_as_real(reference.resolve_conj()), torch.view_as_real(other.resolve_conj())
+    a, b = reference.detach().double(), other.detach().double()
     absolute = float((a - b).abs().masked_fill(a == b, 0.0).max())  # infinities of one sign are equal
     largest = float(a.abs().masked_fill(~a.isfinite(), 0.0).max())
     if math.isnan(absolute):

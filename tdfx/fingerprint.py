@@ -7,6 +7,8 @@ import hashlib
 import torch
 from torch import Tensor, nn
 
+from tdfx.layouts import strided_parts
+
 
 def structure_fingerprint(model: nn.Module) -> str:
     """Hash of all names, classes, options, shapes and dtypes, whatever the weights."""
@@ -24,8 +26,9 @@ def weights_fingerprint(model: nn.Module) -> str:
 
 def tensor_digest(tensor: Tensor) -> str:
     """Hash of a tensor's dtype, shape and bits."""
-    bits = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return _digest(f"{tensor.dtype} {tuple(tensor.shape)} ".encode() + bits.tobytes())
+    parts = (part.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for part in strided_parts(tensor))
+    bits = b"".join(part.numpy().tobytes() for part in parts)
+    return _digest(f"{tensor.dtype} {tuple(tensor.shape)} ".encode() + bits)
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

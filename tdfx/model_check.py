@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from tdfx.errors import InputError, WeightError
+from tdfx.layouts import strided_parts
 
 
 def check_devices(model: nn.Module, inputs: Mapping[str, Tensor]) -> None:
@@ -33,7 +34,8 @@ def check_values(model: nn.Module) -> None:
         _refuse(name, parameter, ~torch.isfinite(parameter), "NaN or Inf")
     for name, buffer in model.named_buffers():
         # Inf is the stuff of attention masks.
-        _refuse(name, buffer, torch.isnan(buffer), "NaN")
+        for part in strided_parts(buffer):
+            _refuse(name, part, torch.isnan(part), "NaN")
 
 
 def _refuse(name: str, values: Tensor, bad: Tensor, what: str) -> None:

@@ -239,6 +239,12 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     ]
     if strange:
         raise InputError(f"cannot write {path}: {', '.join(strange)}; expected tensors only")
+    sparse = [f"{name} is of layout {value.layout}" for name, value in tensors.items() if value.layout != torch.strided]
+    if sparse:
+        raise InputError(
+            f"cannot write {path}: {', '.join(sparse)}, which safetensors does not hold; make it an input of forward, "
+            "or pickle the result"
+        )
     copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     with replacing(path) as staged:
         try:

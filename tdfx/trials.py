@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor, fx, nn
 
 from tdfx.agreement import compare, run_plain
@@ -13,6 +12,7 @@ from tdfx.contained import quiet, reason
 from tdfx.dynamic import Dynamic, free_axes, other_sizes, resized
 from tdfx.errors import CaptureError
 from tdfx.inputs import run
+from tdfx.layouts import equal
 from tdfx.signature import Signature
 
 
@@ -54,7 +54,7 @@ class Trials:
                 compare(reference, run_plain(traced, args, kwargs), traced)
         except Exception as error:
             raise CaptureError(f"the graph does not compute what the model does: {reason(error)}") from error
-        written = [name for name, buffer in traced.named_buffers() if not torch.equal(buffer, buffers[name])]
+        written = [name for name, buffer in traced.named_buffers() if not equal(buffer, buffers[name])]
         if written:
             raise CaptureError(f"the graph writes to {', '.join(written)} whenever it runs")
         return self.check(traced)

@@ -10,8 +10,9 @@ import typer
 from tdfx.cli import options as given
 from tdfx.cli.support import exit_codes, free_sizes, model_and_inputs, read_record, unless_none
 from tdfx.drawing.files import check_format
+from tdfx.records.capture import AUTO
 from tdfx.records.plan import Plan
-from tdfx.stages.capture import capture
+from tdfx.stages.capture import capture as capture_model
 from tdfx.stages.graph import graph as find_graph
 
 
@@ -24,6 +25,7 @@ def graph(
     plan: Annotated[Path | None, typer.Option(metavar="PLAN.JSON", help="Colours layers by what they become.")] = None,
     target: given.Target = "ort-cpu",
     trainable: given.Trainable = False,
+    capture: given.Capture = given.Captured.AUTO,
     seed: given.Seed = 0,
     debug: given.Debug = False,
 ) -> None:
@@ -32,12 +34,14 @@ def graph(
         check_format(out)
         made = None if plan is None else read_record(Plan, plan)
         network, args, kwargs = model_and_inputs(model, weights, inputs, seed)
-        captured = capture(
+        planned = None if made is None else made.capture
+        captured = capture_model(
             network,
             args,
             kwargs,
             dynamic=free_sizes(dynamic),
             trainable=trainable if made is None else made.trainable,
+            capture=planned or AUTO if capture is given.Captured.AUTO else capture.value,
         )
         found = find_graph(captured, made, target=unless_none(target))
         found.draw(out)

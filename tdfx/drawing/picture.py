@@ -75,7 +75,8 @@ def picture(network: NetworkGraph) -> Picture:
         edges |= dict.fromkeys((source, node) for source in sources)
     whole, after = network.macs, network.macs_after
     title = network.name if whole == after else f"{network.name}, {share(after, whole)} of the FLOPs"
-    about = f"{count(network.peak_activation_bytes)} bytes of activations at the peak"
+    peak = network.peak_activation_bytes
+    about = "layers in the order of their calls" if peak is None else f"{count(peak)} bytes of activations at the peak"
     if path is not None:
         about = f"dark: critical path, {share(path.latency_s, path.total_s)} of the estimated latency; {about}"
     return Picture(title, about, boxes, tuple(edges))

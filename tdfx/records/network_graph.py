@@ -14,6 +14,8 @@ from tdfx.records.dependencies import CriticalPath, critical_path, operations, p
 from tdfx.records.layer import LayerSpec
 from tdfx.tables import count, seconds, share
 
+NO_DATA_FLOW = "not known: the model was captured in place, and its layers are shown in the order of their calls"
+
 
 @dataclass(frozen=True, eq=False)
 class NetworkGraph:
@@ -28,6 +30,8 @@ class NetworkGraph:
         skipped: names of the layers that cannot.
         sharing: groups of layers that share parameters.
         macs: of the whole network, nothing compressed.
+        has_data_flow: whether the dependencies are known; else, for a model captured in place, they are the order in
+            which its layers were called.
     """
 
     name: str
@@ -37,15 +41,18 @@ class NetworkGraph:
     skipped: frozenset[str]
     sharing: tuple[tuple[str, ...], ...]
     macs: int
+    has_data_flow: bool = True
 
     @property
-    def peak_activation_bytes(self) -> int:
+    def peak_activation_bytes(self) -> int | None:
         """Most bytes of activations alive at once, nothing compressed; see ``tdfx.records.dependencies``."""
-        return peak_activation_bytes(self.dependencies)
+        return peak_activation_bytes(self.dependencies) if self.has_data_flow else None
 
     @property
     def critical_path(self) -> CriticalPath | None:
         """The path of dependencies that takes longest by the estimate; None without one."""
+        if not self.has_data_flow:
+            return None
         path = critical_path(self.dependencies)
         return path if path.latency_s > 0 else None
 
@@ -55,10 +62,12 @@ class NetworkGraph:
         known = ", ".join(f"{times} {method}" for method, times in sorted(methods.items()))
         left = sum(name in self.skipped for name in dict.fromkeys(called))
         path = self.critical_path
+        peak = self.peak_activation_bytes
+        alive = NO_DATA_FLOW if peak is None else f"{count(peak)} at the peak, before compression"
         lines = [
             f"{self.name}: {len(self.layers)} layers{f' ({known})' if known else ''}, {left} skipped",
             f"{'MACs':18}{count(self.macs)} -> {count(self.macs_after)} ({share(self.macs_after, self.macs)})",
-            f"{'activation bytes':18}{count(self.peak_activation_bytes)} at the peak, before compression",
+            f"{'activation bytes':18}{alive}",
         ]
         if path is not None:
             part = share(path.latency_s, path.total_s)

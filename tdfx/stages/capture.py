@@ -18,6 +18,7 @@ from tdfx.dynamic import BATCH, Dynamic, check_dynamic
 from tdfx.errors import CaptureError, InputError, OptionError, TdfxError
 from tdfx.fingerprint import structure_fingerprint, weights_fingerprint
 from tdfx.inputs import Inputs, as_call, run
+from tdfx.layouts import equal
 from tdfx.model_check import check_devices, check_values
 from tdfx.passes.capture import has_hooks, has_stock_forward, is_reparametrized, isolate
 from tdfx.passes.capture_in_place import NOT_CALLED, kept_batch_norms, not_called
@@ -271,7 +272,7 @@ def _restore_buffers(model: nn.Module, before: Mapping[str, Tensor]) -> tuple[st
     """Names of the buffers that forward writes to, which a graph does not repeat; they are set back."""
     changed = []
     for name, buffer in model.named_buffers():
-        if name in before and not torch.equal(buffer, before[name]):
+        if name in before and not equal(buffer, before[name]):
             changed.append(name)
             buffer.copy_(before[name])
     return tuple(changed)

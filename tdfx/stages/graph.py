@@ -6,18 +6,20 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 import networkx as nx
+from torch import fx
 
 from tdfx.decompositions import method_for
 from tdfx.errors import PlanError
 from tdfx.passes.dependencies import Dependencies
-from tdfx.passes.shape_prop import ShapeProp, bind
+from tdfx.passes.in_place import InPlace
+from tdfx.passes.shape_prop import ShapeProp, Shapes, bind
 from tdfx.passes.sharing import sharing_groups
 from tdfx.passes.sites import FindSites
 from tdfx.passes.unpack_recurrent import feeders
 from tdfx.plan_check import check_fingerprints, planned_sites
 from tdfx.records.candidate import DENSE, Candidate
 from tdfx.records.capture import Capture
-from tdfx.records.dependencies import OPERATION, operations
+from tdfx.records.dependencies import OPERATION, Operation, operations
 from tdfx.records.layer import LayerSpec, Site
 from tdfx.records.network_graph import NetworkGraph
 from tdfx.records.plan import Plan
@@ -44,7 +46,8 @@ def graph(captured: Capture, plan: Plan | None = None, *, target: str | None = "
     module = captured.module
     inputs = bind(module, captured.args, captured.kwargs)
     dependencies = Dependencies(inputs, runtime).run(module)
-    found, skipped = FindSites(ShapeProp(inputs).run(module)).run(module)
+    shapes = ShapeProp(inputs).run(module)
+    found, skipped = FindSites(shapes).run(module)
     sites = {site.name: site for site in found}
     if plan is None:
         chosen = {name: Candidate(name, DENSE, (), site_cost(site, runtime), 0.0, "") for name, site in sites.items()}
@@ -59,6 +62,10 @@ def graph(captured: Capture, plan: Plan | None = None, *, target: str | None = "
         chosen = {candidate.site: candidate for candidate in plan.candidates}
         skipped = (*skipped, *plan.skipped)
     layers = {layer.name: layer for site in sites.values() for layer in site.layers}
+    macs = sum(operation.macs for operation in operations(dependencies).values())
+    in_place = isinstance(module, InPlace)
+    if in_place:
+        dependencies = _in_order(module, shapes, layers)
     choices = {entry.site: entry for name, site in sites.items() for entry in _of_layers(site, chosen[name], runtime)}
     dependencies = _without_identities(dependencies, {core: layers.get(name) for core, name in feeders(module).items()})
     return NetworkGraph(
@@ -67,9 +74,25 @@ def graph(captured: Capture, plan: Plan | None = None, *, target: str | None = "
         layers=layers,
         choices=choices,
         skipped=frozenset(entry.layer for entry in (*skipped, *captured.skipped)),
-        sharing=sharing_groups(module),
-        macs=sum(operation.macs for operation in operations(dependencies).values()),
+        sharing=sharing_groups(module, shapes.calls if in_place else None),
+        macs=macs,
+        has_data_flow=not in_place,
     )
+
+
+def _in_order(module: fx.GraphModule, shapes: Shapes, layers: Mapping[str, LayerSpec]) -> nx.DiGraph:
+    """The calls of layers inside Python code, each after the one before."""
+    found = nx.DiGraph()
+    for call, meta in shapes.items():
+        name = call.rpartition("[")[0]
+        if name not in shapes.calls:
+            continue
+        macs = layers[name].macs // len(shapes.calls[name]) if name in layers else 0
+        kind = type(module.get_submodule(name)).__name__
+        operation = Operation("call_module", name, kind, meta.shape, (), macs, 0.0)
+        found.add_node(call, **{OPERATION: operation})
+    nx.add_path(found, list(found))
+    return found
 
 
 def _of_layers(site: Site, choice: Candidate, target: Target | None) -> Iterator[Candidate]:

@@ -463,3 +463,74 @@ def test_bags_with_more_to_them_stay_operators(model: nn.Module) -> None:
     found = lifted(model.eval(), x)
     assert kinds(found) == []
     same(found(x), model(x))
+
+
+class SharedLSTM(nn.Module):
+    """Two LSTMs with one input weight, and recurrent weights of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.LSTM(6, 6), nn.LSTM(6, 6), nn.Linear(6, 24, bias=False)
+        self.second.weight_ih_l0 = self.head.weight = self.first.weight_ih_l0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.second(self.first(x)[0])[0])
+
+
+class SharedBags(nn.Module):
+    """Bags of two modes with one table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean, self.sum = nn.EmbeddingBag(7, 4, mode="mean"), nn.EmbeddingBag(7, 4, mode="sum")
+        self.sum.weight = self.mean.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mean(x) * self.sum(x)
+
+
+class SharedStatistics(nn.Module):
+    """BatchNorms with statistics in common, and weights of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.BatchNorm1d(6), nn.BatchNorm1d(6)
+        nn.init.uniform_(self.second.weight)
+        self.second.running_mean, self.second.running_var = self.first.running_mean, self.first.running_var
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x).relu())
+
+
+SHARED: dict[str, tuple[Callable[[], nn.Module], Tensor, list[str]]] = {
+    "recurrent": (SharedLSTM, torch.randn(3, 4, 6), ["first", "second", "head"]),
+    "bags": (SharedBags, torch.randint(7, (3, 4)), ["mean", "sum"]),
+    "statistics": (SharedStatistics, torch.randn(8, 6), ["first", "second"]),
+}
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_modules_that_share_tensors_are_told_apart(name: str) -> None:
+    factory, x, expected = SHARED[name]
+    model = factory().eval()
+    found = lifted(model, x)
+    assert [node.target for node in found.graph.nodes if node.op == "call_module"] == expected
+    same(found(x), model(x))
+    assert len(list(found.parameters())) == len(list(model.parameters()))
+
+
+def test_a_bag_of_another_mode_with_the_same_table_is_not_called() -> None:
+    model, x = SharedBags().eval(), torch.randint(7, (3, 4))
+    exported, _ = export_trace(model, (x,), {})
+    model.sum.mode = "max"
+    found = LiftModules(model).run(exported)
+    assert kinds(found) == ["EmbeddingBag"]
+    model.sum.mode = "sum"
+    same(found(x), model(x))
+
+
+def test_recurrent_layers_start_in_the_dtype_that_they_have() -> None:
+    for make in (nn.LSTM, nn.GRU):
+        model, x = Reading(make(6, 5)).eval(), torch.randn(3, 4, 6)
+        found = lifted(model, x)
+        same(copy.deepcopy(found).double()(x.double()), copy.deepcopy(model).double()(x.double()))

@@ -9,6 +9,7 @@ import copy
 import pickle
 from collections import OrderedDict
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from networks import NETWORKS, build
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
+import tdfx
 from tdfx import agreement
 from tdfx.contained import quiet
 from tdfx.errors import CaptureError, InputError, VerificationError, WeightError
@@ -518,6 +520,43 @@ def test_a_network_that_returns_a_finer_dtype_than_it_computes_in_is_taken() -> 
     wide = torch.ones(1).double()
     with pytest.raises(VerificationError, match=r"allowed 1e-09"):
         agreement.compare([wide], [wide + 1e-6], nn.Linear(1, 1).double())
+
+
+def test_complex_outputs_are_compared_whole() -> None:
+    class Spectrum(Conv):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.fft.fft(self.conv(x))
+
+    model = nn.Sequential(nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3), Spectrum())
+    model.train()(X)
+    assert 0 < capture(model.eval(), X).max_rel_diff < 1e-5
+    with pytest.raises(VerificationError, match=r"by 10 \(2 of its largest value"):
+        agreement.compare([torch.tensor([1 + 5j])], [torch.tensor([1 - 5j])], model)
+
+
+class Neighbours(nn.Module):
+    """Layers around a product with an adjacency matrix that is sparse. Input (4, 16)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(16, 32), nn.Linear(32, 16)
+        self.register_buffer("adjacency", torch.eye(4).to_sparse())
+
+    def forward(self, x: Tensor, adjacency: Tensor | None = None) -> Tensor:
+        return self.last(torch.sparse.mm(self.adjacency if adjacency is None else adjacency, self.first(x)))
+
+
+@pytest.mark.parametrize("tier", ["fx", "export", "inplace"])
+@pytest.mark.parametrize("layout", [None, torch.sparse_coo, torch.sparse_csr])
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state:UserWarning")
+def test_sparse_tensors_are_buffers_and_inputs(layout: torch.layout | None, tier: str, tmp_path: Path) -> None:
+    model, x = Neighbours().eval(), torch.randn(4, 16)
+    args = (x,) if layout is None else (x, torch.eye(4).flip(0).to_sparse(layout=layout))
+    result = tdfx.compress(model, args, budget="flops=90%", dynamic=None, capture=tier, target=None, rank_multiple=1)
+    assert [candidate.site for candidate in result.plan.candidates] == ["first", "last"]
+    if layout is None:
+        with pytest.raises(InputError, match=r"adjacency is of layout torch.sparse_coo, which safetensors does not"):
+            tdfx.save(result, tmp_path / "saved")
 
 
 def test_a_captured_graph_is_pickled_copied_and_captured_again() -> None:

@@ -212,3 +212,31 @@ def test_networks_of_one_function_are_drawn(tmp_path: Path) -> None:
     found.draw(tmp_path / "net.svg")
     assert [box.kind for box in picture(found).boxes.values()] == ["end", "end"]
     assert str(found).startswith("Sequential: 0 layers, 0 skipped")
+
+
+class Branching(nn.Module):
+    """Layers called in an order that values decide, two of them with one weight. Input (batch, 64)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.narrow, self.tied = nn.Linear(64, 128), nn.Linear(128, 64), nn.Linear(128, 64)
+        self.tied.weight = self.narrow.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.narrow(self.wide(x))
+        return self.tied(self.wide(y)) if x.sum() > 0 else y
+
+
+def test_layers_inside_python_code_are_shown_in_the_order_of_their_calls(tmp_path: Path) -> None:
+    captured = tdfx.capture(Branching().eval(), torch.ones(2, 64))
+    plan = tdfx.plan(tdfx.profile(captured, target=None), "flops=90%")
+    found = tdfx.graph(captured, plan)
+    assert (found.peak_activation_bytes, found.critical_path) == (None, None)
+    assert "activation bytes  not known: the model was captured in place" in str(found)
+    assert found.sharing == (("narrow", "tied"),)
+    shown = picture(found)
+    assert list(shown.boxes) == ["wide[0]", "narrow[0]", "wide[1]", "tied[0]"]
+    assert shown.edges == (("wide[0]", "narrow[0]"), ("narrow[0]", "wide[1]"), ("wide[1]", "tied[0]"))
+    assert shown.boxes["wide[1]"].kind == "svd"
+    assert found.macs_after < found.macs == sum(workload.macs for workload in captured.workloads)
+    found.draw(tmp_path / "found.svg")

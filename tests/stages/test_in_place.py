@@ -119,6 +119,46 @@ def test_layers_that_nothing_can_stand_in_for_are_skipped_with_reasons() -> None
     assert reasons["other.self_attn.out_proj"].startswith("forward computes with its bias and weight directly")
 
 
+class Anything(nn.Module):
+    """Takes any number of inputs, and options. Input (batch, 16), several times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor, *more: Tensor, **named: Tensor) -> Tensor:
+        return self.fc(sum((*more, *named.values()), x))
+
+
+def test_inputs_in_any_number_are_taken_by_position_and_keyword() -> None:
+    model, x = Anything().eval(), torch.randn(2, 16)
+    for args, kwargs in (((x, 2 * x, 3 * x), {}), ((), {"x": x, "other": 2 * x}), ((x, 2 * x), {"other": x})):
+        captured = capture(model, args or None, kwargs, capture="inplace")
+        same(captured.module(*args, **kwargs), model(*args, **kwargs))
+
+
+class Force(nn.Module):
+    """An energy and its gradient, computed in forward. Input (batch, 16)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden, self.energy = nn.Linear(16, 64), nn.Linear(64, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            energy = self.energy(torch.tanh(self.hidden(x))).sum()
+            (force,) = torch.autograd.grad(energy, x)
+        return energy.detach(), force
+
+
+def test_gradients_that_forward_takes_are_no_layers_cost() -> None:
+    result = tdfx.compress(Force(), torch.randn(4, 16), budget="flops=50%", methods="svd", target=None)
+    assert result.before.macs == 4 * (16 * 64 + 64)
+    assert 2 * result.after.macs <= result.before.macs
+    assert not [note for note in result.report.notes if "another way" in note]
+
+
 def test_parameters_in_lists_are_no_layers() -> None:
     class Listed(nn.Module):
         def __init__(self) -> None:
