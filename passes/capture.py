@@ -93,6 +93,13 @@ class _Proxy(fx.Proxy):
     torch.fx makes x = x + y of them, which other names of the same tensor do not see.
     """
 
+    def __float__(self) -> float:
+        assert isinstance(self.tracer, LayerTracer)
+        return self.tracer.to_number(self)
+
+    def __int__(self) -> int:
+        return int(float(self))
+
 
 def _in_place(operation: Callable[[Any, Any], Any]) -> Callable[[fx.Proxy, Any], fx.Proxy]:
     return lambda proxy, other: proxy.tracer.create_proxy("call_function", operation, (proxy, other), {})
@@ -142,11 +149,32 @@ class LayerTracer(fx.Tracer):
         super().__init__()
         self.given = given
         self.proxy_buffer_attributes = given is None
+        self.refusals: list[Exception] = []
         self._autocast = _autocast()
 
     def trace(self, root: nn.Module | Callable[..., Any], concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         with _NestedProxies(self if self.given is None else None):
-            return super().trace(root, concrete_args)
+            graph = super().trace(root, concrete_args)
+        if self.refusals:
+            raise self.refusals[0]  # which forward caught, and went another way
+        return graph
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        return bool(self._asked(super().to_bool, obj))
+
+    def iter(self, obj: fx.Proxy) -> Any:
+        return self._asked(super().iter, obj)
+
+    def to_number(self, obj: fx.Proxy) -> float:
+        """Called when a proxy is converted to a number; raises TypeError."""
+        return float(self._asked(_unknown, obj))
+
+    def _asked(self, answer: Callable[..., Any], obj: Any) -> Any:
+        try:
+            return answer(obj)
+        except Exception as error:
+            self.refusals.append(error)
+            raise
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
@@ -186,6 +214,10 @@ class LayerTracer(fx.Tracer):
 
     def _placeholder(self, name: str) -> fx.Proxy:
         return self.create_proxy("placeholder", name, (), {})
+
+
+def _unknown(obj: fx.Proxy) -> float:
+    raise TypeError(f"the value of the symbolically traced variable {obj.node.name} is not known")
 
 
 def has_stock_forward(module: nn.Module) -> bool:

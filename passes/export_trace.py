@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import copy
 import operator
+import sys
 from collections import namedtuple
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import is_dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.nn.modules import transformer
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -26,6 +29,8 @@ from tdfx.passes.capture import LayerTracer
 from tdfx.passes.opaque import put_together, taken_apart
 from tdfx.signature import with_output
 
+_TORCH = Path(torch.__file__).parent
+_NUMBERS = (Tensor.__bool__, Tensor.__float__, Tensor.__int__, Tensor.__index__, Tensor.item, Tensor.tolist)
 aten, higher_order = torch.ops.aten, torch.ops.higher_order
 # Checks of what held while tracing, dtypes among them; they would forbid what a user may do with the result later.
 ASSERTIONS = frozenset(
@@ -90,7 +95,7 @@ def _export(
 ) -> ExportedProgram:
     containment = plain_attention(), _unread_masks(), quiet(), torch.random.fork_rng(devices=[])
     with ExitStack() as stack:
-        for context in (torch.no_grad(), *containment, _KeptInputs()):
+        for context in (torch.no_grad(), *containment, _no_caught_refusals(), _KeptInputs()):
             stack.enter_context(context)
         # Marks, since torch.export cannot match a structure of dynamic shapes to a forward that hides its arguments.
         copies = [_marked(value, dims) for value, dims in zip((*args, *kwargs.values()), free, strict=True)]
@@ -172,6 +177,52 @@ class _KeptInputs(TorchFunctionMode):
             args = tuple(aten.alias(value) if isinstance(value, Tensor) else value for value in args)
             kwargs = {name: aten.alias(value) if isinstance(value, Tensor) else value for name, value in kwargs.items()}
         return func(*args, **kwargs)
+
+
+@contextmanager
+def _no_caught_refusals() -> Iterator[None]:
+    """Raises what torch.export says where forward asks for a value, even if forward catches it and goes another way."""
+    refusals: list[Exception] = []
+    answer = torch.SymBool.__bool__
+
+    def asked(value: torch.SymBool) -> bool:
+        try:
+            return bool(answer(value))  # type: ignore[no-untyped-call]
+        except GuardOnDataDependentSymNode as error:
+            if _TORCH not in Path(sys._getframe(1).f_code.co_filename).parents:  # torch has ways of its own
+                refusals.append(error)
+            raise
+
+    torch.SymBool.__bool__ = asked  # type: ignore[method-assign]
+    try:
+        with _Asking(refusals):
+            yield
+    finally:
+        torch.SymBool.__bool__ = answer  # type: ignore[method-assign]
+    if refusals:
+        raise refusals[0]
+
+
+class _Asking(TorchFunctionMode):
+    """Notes what torch.export says where a tensor is made a number.
+
+    Args:
+        refusals: of it, where they are entered.
+    """
+
+    def __init__(self, refusals: list[Exception]) -> None:
+        super().__init__()
+        self.refusals = refusals
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        try:
+            return func(*args, **(kwargs or {}))
+        except GuardOnDataDependentSymNode as error:
+            if func in _NUMBERS:
+                self.refusals.append(error)
+            raise
 
 
 @contextmanager

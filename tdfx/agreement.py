@@ -1,4 +1,4 @@
-"""Whether a graph computes what the model does, on inputs that both are run on."""
+"""Whether a graph computes what the model does, and its gradients, on inputs that both are run on."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
-from tdfx.contained import plain_attention
+from tdfx.contained import plain_attention, quiet, reason
 from tdfx.errors import CaptureError, VerificationError
-from tdfx.inputs import run
+from tdfx.inputs import run, tensors
 from tdfx.passes.verify import relative_difference
 
 # Allowed between the model's outputs and the normalized graph's; folding BatchNorm rounds weights anew.
@@ -62,3 +63,49 @@ def compare(reference: list[Tensor], found: list[Tensor], module: nn.Module) -> 
             )
         worst = max(worst, relative)
     return worst
+
+
+def compare_gradients(
+    model: nn.Module, traced: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor]
+) -> None:
+    """Compares the gradients that parameters of both get from the same random gradient of the outputs.
+
+    They differ where forward does more than a graph shows: torch.no_grad, or autograd functions of its own.
+
+    Raises:
+        CaptureError: they differ by more than ten times ``allowed_difference``; names parameters.
+    """
+    try:
+        wanted = _gradients(model, args, kwargs)
+    except Exception:
+        return  # the model does not train as it is, in eval mode
+    try:
+        found = _gradients(traced, args, kwargs)
+    except Exception as error:
+        raise CaptureError(f"the graph has no gradients where the model has: {reason(error)}") from error
+    largest = max((float(value.abs().max()) for value in wanted.values() if value.numel()), default=0.0)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    strange = []
+    for key in wanted.keys() & found.keys():
+        absolute, relative = relative_difference(wanted[key], found[key])
+        if relative > 10 * allowed_difference(traced, wanted[key]) and absolute > 1e-6 * largest:
+            strange.append(names[key])
+    if strange:
+        raise CaptureError(
+            f"the graph's gradients at {', '.join(sorted(strange)[:3])} are not the model's: forward uses "
+            "torch.no_grad or autograd functions of its own, which a graph does not hold"
+        )
+
+
+def _gradients(module: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor]) -> dict[int, Tensor]:
+    """By identity of the parameter; zeros where nothing comes to it."""
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    with torch.enable_grad(), plain_attention(), quiet(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        copies = pytree.tree_map_only(Tensor, torch.clone, (tuple(args), dict(kwargs)))
+        outputs = [value for value in tensors(module(*copies[0], **copies[1])) if value.requires_grad]
+        torch.manual_seed(0)
+        weights = [torch.randn_like(value) for value in outputs]
+        found = torch.autograd.grad(outputs, parameters, weights, allow_unused=True)
+    pairs = zip(parameters, found, strict=True)
+    return {id(p): torch.zeros_like(p) if gradient is None else gradient for p, gradient in pairs}

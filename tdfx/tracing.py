@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, fx, nn
 
-from tdfx.agreement import run_plain
+from tdfx.agreement import compare_gradients, run_plain
 from tdfx.errors import CaptureError
 from tdfx.passes.capture import has_stock_forward, symbolic_trace
 from tdfx.passes.capture_in_place import capture_in_place
@@ -50,15 +50,27 @@ def trace(
     if tier == INPLACE:
         return INPLACE, trials.check(capture_in_place(model, args, kwargs)), ()
     if tier == FX:
-        return FX, trials.check(lift(_forced(FX, symbolic_trace, model, args, kwargs), model, trainable)), ()
+        traced = trials.check(lift(_forced(FX, symbolic_trace, model, args, kwargs), model, trainable))
+        return FX, traced, _gradient_notes(model, traced, args, kwargs) if trainable else ()
     if tier == EXPORT:
         exported, notes = _forced(EXPORT, export_trace, model, args, kwargs, trials.free)
-        return EXPORT, trials.check(lift(exported, model, trainable)), notes
+        traced = trials.check(lift(exported, model, trainable))
+        return EXPORT, traced, (*notes, *(_gradient_notes(model, traced, args, kwargs) if trainable else ()))
     try:
         return _trace_graph(model, args, kwargs, trials, trainable)
     except CaptureError as error:
         why = f"captured in place, where forward stays Python code: {error}"
         return INPLACE, trials.check(capture_in_place(model, args, kwargs)), (why,)
+
+
+def _gradient_notes(
+    model: nn.Module, traced: fx.GraphModule, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor]
+) -> tuple[str, ...]:
+    try:
+        compare_gradients(sharing(model), traced, args, kwargs)
+    except CaptureError as error:
+        return (f"{error}; capture={INPLACE!r} trains as the model does",)
+    return ()
 
 
 def _forced(tier: str, trace: Callable[..., Traced], *given: Any) -> Traced:
@@ -83,7 +95,10 @@ def _trace_graph(
     traced, problem = None, None
     try:
         # Tracing may leave its own in buffers and attributes.
-        traced = trials.agree(lift(symbolic_trace(sharing(model), args, kwargs), model, trainable))
+        agreed = trials.agree(lift(symbolic_trace(sharing(model), args, kwargs), model, trainable))
+        if trainable:
+            compare_gradients(sharing(model), agreed, args, kwargs)
+        traced = agreed
         if len(_layers(traced)) >= _count_called(sharing(model), args, kwargs) and not _calls_opaque(traced):
             return FX, traced, ()
     except CaptureError as error:
@@ -91,6 +106,8 @@ def _trace_graph(
     try:
         exported, notes = export_trace(sharing(model), args, kwargs, trials.free)
         lifted = trials.agree(lift(exported, model, trainable))
+        if trainable:
+            compare_gradients(sharing(model), lifted, args, kwargs)
     except CaptureError as error:
         if traced is not None:
             why = f"symbolic tracing does not see all layers, and {error}"
@@ -99,7 +116,7 @@ def _trace_graph(
             if replaceable > len(_layers(traced)):
                 return INPLACE, in_place, (f"captured in place, where forward stays Python code: {why}",)
             return FX, traced, (why,)
-        raise CaptureError(f"{problem}. {error}") from error
+        raise CaptureError(". ".join(dict.fromkeys((str(problem), str(error))))) from error
     if traced is not None and len(_layers(traced)) >= len(_layers(lifted)):
         return FX, traced, ()
     return EXPORT, lifted, notes

@@ -305,7 +305,8 @@ class Guarded(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.no_grad():
-            x, kept = self.features(x), x * 2
+            kept = x * 2
+        x = self.features(x)
         with torch.autocast("cpu", enabled=False):
             x = self.middle(x.float()) + kept
         return self.head(x)

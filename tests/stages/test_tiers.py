@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
 from tdfx.contained import plain_attention, quiet
-from tdfx.errors import InputError
+from tdfx.errors import CaptureError, InputError
 from tdfx.passes.capture import has_stock_forward
 from tdfx.records.capture import Capture
 from tdfx.stages.capture import capture
@@ -433,6 +433,95 @@ def test_a_note_says_why_both_tiers_with_a_graph_fail() -> None:
     assert re.match(
         r"(?s)captured in place.* tracing at test_tiers.py:\d+ in forward: `if x.sum\(\) > 0.*torch.export \(", note
     )
+
+
+class Straight(torch.autograd.Function):
+    """The sign, with the gradient of the identity."""
+
+    @staticmethod
+    def forward(context: Any, x: Tensor) -> Tensor:
+        return x.sign()
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+class Through(nn.Module):
+    """Layers around something. Input (batch, 6)."""
+
+    def __init__(self, between: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.last, self.between = nn.Linear(6, 6), nn.Linear(6, 4), between
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.between(self.first, x))
+
+
+def signs(layer: nn.Module, x: Tensor) -> Tensor:
+    return Straight.apply(layer(x))
+
+
+def frozen(layer: nn.Module, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return layer(x).relu()
+
+
+@pytest.mark.parametrize("between", [signs, frozen])
+def test_gradients_of_forwards_own_are_kept_where_a_result_is_to_train(between: Callable[..., Tensor]) -> None:
+    model = Through(between).eval()
+    captured = capture(model, X, trainable=True)
+    assert captured.tier == "inplace"
+    assert "the graph's gradients at first.bias, first.weight are not the model's" in captured.notes[0]
+    for tier in ("fx", "export"):
+        (note,) = capture(model, X, trainable=True, capture=tier).notes
+        assert note.endswith("which a graph does not hold; capture='inplace' trains as the model does")
+    assert capture(model, X).tier == "fx"
+
+
+def test_gradients_that_stop_in_a_graph_too_are_the_same() -> None:
+    captured = capture(Through(lambda layer, x: layer(x).detach()).eval(), X, trainable=True)
+    assert (captured.tier, captured.notes) == ("fx", ())
+
+
+CAUGHT: dict[str, Callable[[Tensor], bool]] = {
+    "a truth": lambda y: bool(y.mean() > 0),
+    "a float": lambda y: float(y.mean()) > 0,
+    "an item": lambda y: y.mean().item() > 0,
+    "an integer": lambda y: int(y.mean() * 100) > 0,
+    "a loop": lambda y: sum(1.0 for row in y for value in row if value > 0) > 6,
+}
+
+
+class Catching(nn.Module):
+    """Catches what tracing says of a decision on values, and goes on. Input (batch, 6)."""
+
+    def __init__(self, decide: Callable[[Tensor], bool]) -> None:
+        super().__init__()
+        self.first, self.last, self.decide = nn.Linear(6, 6, bias=False), nn.Linear(6, 4), decide
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        try:
+            if self.decide(y):
+                y = y * 2
+        except (TypeError, ValueError, RuntimeError):
+            pass
+        return self.last(y)
+
+
+@pytest.mark.parametrize("name", CAUGHT)
+def test_a_decision_on_values_is_none_of_a_graphs_though_forward_catches_the_error(name: str) -> None:
+    model = Catching(CAUGHT[name]).eval()
+    low = X if model.first(X).mean() < 0 else -X
+    captured = capture(model, low)
+    assert captured.tier == "inplace"
+    with torch.no_grad():
+        for x in (low, -low):
+            same(captured.module(x), model(x))
+    for tier in ("fx", "export"):
+        with pytest.raises(CaptureError, match=f"capture='{tier}'"):
+            capture(model, low, capture=tier)
 
 
 class OpaqueBlock(nn.Module):
