@@ -28,6 +28,7 @@ class LayerCall:
         inputs: what the layer is called with.
         transposed: whether the layer holds the parameter transposed.
         shift: what is added to the layer's output, where that is no bias that a layer can hold.
+        replaced: operators besides that the layer does itself.
     """
 
     weight: str
@@ -35,6 +36,7 @@ class LayerCall:
     inputs: tuple[fx.Node, ...]
     transposed: bool = False
     shift: fx.Node | None = None
+    replaced: tuple[fx.Node, ...] = ()
 
 
 def layer_call(graph_module: fx.GraphModule, node: fx.Node) -> LayerCall | None:
@@ -146,7 +148,18 @@ def _embedding(graph_module: fx.GraphModule, given: dict[str, Any]) -> LayerCall
     padding = given["padding_idx"] if is_function or given["padding_idx"] >= 0 else None
     layer = nn.Embedding(weight.shape[0], weight.shape[1], padding, device="meta")
     layer.scale_grad_by_freq, layer.sparse = given["scale_grad_by_freq"], given["sparse"]
-    return LayerCall(str(given["weight"].target), _holding(layer, weight, None), (given["indices"],))
+    renorm = _renorm(given["weight"], given["indices"])
+    if renorm is not None:
+        layer.max_norm, layer.norm_type = renorm.args[2:]  # type: ignore[assignment]
+    replaced = () if renorm is None else (renorm,)
+    return LayerCall(str(given["weight"].target), _holding(layer, weight, None), (given["indices"],), replaced=replaced)
+
+
+def _renorm(weight: fx.Node, indices: fx.Node) -> fx.Node | None:
+    """The operator that rescales the rows that are looked up, in place."""
+    readers = (user for view in weight.users if view.target is aten.detach.default for user in view.users)
+    renorms = (user for user in readers if user.target is aten.embedding_renorm_.default)
+    return next((renorm for renorm in renorms if renorm.args[1] is indices), None)
 
 
 def _layer_norm(graph_module: fx.GraphModule, given: dict[str, Any]) -> LayerCall | None:

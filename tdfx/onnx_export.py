@@ -26,6 +26,7 @@ from tdfx.errors import ExportError, InputError, OptionError
 from tdfx.evaluation import Evaluate
 from tdfx.files import replacing
 from tdfx.inputs import Inputs, as_call, named_outputs
+from tdfx.onnx_shared import share_matrices
 from tdfx.parity import OutputParity, compare, session_options
 from tdfx.quantization import FloatFile, Quantization, check_quantize, folder_bytes, quantized
 from tdfx.signature import Signature, with_flat_call, with_output
@@ -161,6 +162,7 @@ def export_onnx(
         folder = temporary.enter_context(TemporaryDirectory()) if quantize is not None else final.parent
         staged = Path(folder) / (final if float32 is None else Path(os.fsdecode(float32))).name
         program = _export(network, resized(axes, inputs, traced), axes, opset)
+        share_matrices(program.model)
         _rename(program, [*inputs], names)
         _lower_ir_version(program)
         external = _save(program, staged)

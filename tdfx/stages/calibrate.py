@@ -155,7 +155,11 @@ def _with_group(moments: Moments, sweep: Sweep) -> Moments:
         if sweep.loss is not None and not sums.reached:
             what = "the loss" if sweep.loss.loss is not None else f"the {sweep.loss.output} that the loss is taken of"
             skipped.append(
-                Skipped(name, f"{NO_GRADIENT}: {what} do not depend on it, or change by nothing that counts")
+                Skipped(
+                    name,
+                    f"{NO_GRADIENT}: {what} do not depend on it, or change by nothing that counts; "
+                    'metric="feature" needs no gradient',
+                )
             )
         elif all(value.isfinite().all() for value in (site.mean, site.in_cov, site.out_cov) if value is not None):
             found[name] = site

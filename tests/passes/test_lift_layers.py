@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from tdfx.passes.base import assemble
 from tdfx.passes.capture import LayerTracer, isolate, symbolic_trace
-from tdfx.passes.export_trace import operators
+from tdfx.passes.export_trace import export_trace, operators
 from tdfx.passes.layer_operators import _RULES, _SYNONYMS, is_transpose, layer_call, parameter_read
 from tdfx.passes.lift_layers import LiftLayers
 
@@ -426,3 +426,27 @@ def test_parameters_and_transposes_are_told_by_what_nodes_do() -> None:
     assert parameter_read(graph_module, read) is root.t
     assert [parameter_read(graph_module, value) for value in (plain, x, None, 3)] == [None] * 4
     assert layer_call(graph_module, x) is None
+
+
+class Rescaling(nn.Module):
+    """An embedding that rescales the rows that it looks up. Input (batch, tokens)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(7, 4, max_norm=1.5, norm_type=1.0)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        found: Tensor = self.embedding(tokens)
+        return found
+
+
+def test_an_embedding_that_rescales_is_lifted_whole() -> None:
+    model, tokens = Rescaling().eval(), torch.tensor([[0, 3], [6, 3]])
+    origin = isolate(model)[0]
+    found = LiftLayers(origin).run(export_trace(origin, (tokens,), {})[0])
+    assert [node.op for node in found.graph.nodes] == ["placeholder", "call_module", "output"]
+    layer = found.get_submodule("embedding")
+    assert isinstance(layer, nn.Embedding)
+    assert (layer.max_norm, layer.norm_type) == (1.5, 1.0)
+    with torch.no_grad():
+        same(found(tokens), model(tokens))
