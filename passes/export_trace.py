@@ -293,7 +293,7 @@ def _contain_writes(graph: fx.Graph) -> None:
     """Writes into buffers go into a copy made at every call, or nowhere if nobody reads them."""
     for node in graph.find_nodes(op="get_attr"):
         names = dict.fromkeys(_names_of_same(node))
-        if not any(isinstance(n.target, torch._ops.OpOverload) and n.target._schema.is_mutable for n in names):
+        if not any(_writes(name) for name in names):
             continue
         if all(user in names for name in names for user in name.users):
             for name in sorted(names, reverse=True):
@@ -302,6 +302,12 @@ def _contain_writes(graph: fx.Graph) -> None:
             with graph.inserting_after(node):
                 copied = graph.call_function(aten.clone.default, (node,))
             node.replace_all_uses_with(copied, delete_user_cb=lambda user, copied=copied: user is not copied)
+
+
+def _writes(node: fx.Node) -> bool:
+    # Rows of an embedding that are rescaled as they are looked up stay so in the model too.
+    is_mutable = isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+    return is_mutable and node.target is not aten.embedding_renorm_.default
 
 
 def _names_of_same(node: fx.Node) -> Iterator[fx.Node]:
