@@ -64,7 +64,7 @@ def recurrent_call(graph_module: fx.GraphModule, node: fx.Node) -> RecurrentCall
     names = [name for name, _ in made.named_parameters()]
     states = tuple(state) if isinstance(state, list | tuple) else (state,)
     # A state of zeros is what the layer starts with itself, in the dtype that it has then.
-    arguments = (x,) if all(part.target is aten.zeros.default for part in states) else (x, state)
+    arguments = (x,) if all(getattr(part, "target", None) is aten.zeros.default for part in states) else (x, state)
     layer = holding(made, dict(zip(names, found, strict=True))).eval()
     return RecurrentCall(str(held[0].target), layer, arguments)
 

@@ -24,6 +24,7 @@ from tdfx.passes.unpack_recurrent import (
     PackRecurrent,
     UnpackableLayers,
     UnpackRecurrent,
+    obstacle,
     packed_name,
     unpacked_state,
 )
@@ -267,6 +268,15 @@ def frozen_in_a_buffer() -> nn.Module:
 )
 def test_layers_that_stay_say_why(make: Callable[[], nn.Module], expected: str) -> None:
     assert reason(Holding(make()), torch.randn(LENGTH, BATCH, HIDDEN)) == {"rnn": expected}
+
+
+def test_a_layer_of_several_dtypes_stays() -> None:
+    x = torch.randn(LENGTH, BATCH, IN)
+    graph_module = traced(Holding(nn.GRU(IN, HIDDEN)), x)
+    shapes = ShapeProp((x,)).run(graph_module)
+    assert obstacle(graph_module, "rnn", shapes) is None
+    graph_module.rnn.bias_hh_l0 = nn.Parameter(torch.zeros(3 * HIDDEN).double())
+    assert obstacle(graph_module, "rnn", shapes) == "the parameters of this GRU are of several dtypes or devices"
 
 
 def test_layers_that_share_parameters_stay() -> None:

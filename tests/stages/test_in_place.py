@@ -119,6 +119,25 @@ def test_layers_that_nothing_can_stand_in_for_are_skipped_with_reasons() -> None
     assert reasons["other.self_attn.out_proj"].startswith("forward computes with its bias and weight directly")
 
 
+class Tagger(nn.Module):
+    """A recurrent layer, and a decision on values. Input (batch, time, 8)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn, self.fc = nn.GRU(8, 8, batch_first=True), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.rnn(x)[0]
+        return self.fc(y if y.sum() > -1e6 else x)
+
+
+def test_recurrent_layers_have_a_reason() -> None:
+    profiled = planned(capture(Tagger().eval(), torch.randn(2, 5, 8)))
+    (skipped,) = profiled.skipped
+    assert skipped.layer == "rnn"
+    assert skipped.reason.startswith("recurrent layers are compressed in graphs; the model was captured in place")
+
+
 class Anything(nn.Module):
     """Takes any number of inputs, and options. Input (batch, 16), several times."""
 
