@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from torch import Tensor, fx, nn
@@ -68,7 +69,7 @@ class FindSites(AnalysisPass[tuple[tuple[Site, ...], tuple[Skipped, ...]]]):
             elif tied[0] == name:
                 first, *rest = (layer_spec(layer, layer_at(graph_module, layer), calls[layer]) for layer in tied)
                 sites.append(Site(name, (first, *(replace(layer, tied=True) for layer in rest)), first.kind))
-        return tuple(sites), (*skipped, *_raw_parameters(graph_module))
+        return tuple(sites), (*skipped, *_raw_parameters(graph_module, calls))
 
 
 def layer_spec(name: str, module: Layer, calls: tuple[Call, ...]) -> LayerSpec:
@@ -181,12 +182,13 @@ def _is_small_depthwise(module: nn.modules.conv._ConvNd) -> bool:
     return module.groups == module.in_channels > 1 and len(large) < 2
 
 
-def _raw_parameters(graph_module: fx.GraphModule) -> list[Skipped]:
-    """Weights that the graph reads without a layer, e.g. in an einsum, or as a buffer."""
+def _raw_parameters(graph_module: fx.GraphModule, layers: Iterable[str]) -> list[Skipped]:
+    """Weights that the graph reads without a layer, e.g. in an einsum, or as a buffer; not those of ``layers``."""
     found = []
+    held = {id(parameter) for name in layers for parameter in graph_module.get_submodule(name).parameters()}
     for node in graph_module.graph.nodes:
         value = attribute(graph_module, node) if node.op == "get_attr" else None
-        if not isinstance(value, Tensor) or value.dim() < 2:
+        if not isinstance(value, Tensor) or value.dim() < 2 or id(value) in held:
             continue
         readers = list(dict.fromkeys(_called(user) for user in node.users))
         verb = "reads" if len(readers) == 1 else "read"

@@ -404,3 +404,19 @@ def test_weights_outside_of_layers_have_reasons_and_remedies() -> None:
         "term": "a parameter that add reads; only weights of layers are compressed",
         "kernel": "a buffer that linear reads; only parameters are compressed: make it one",
     }
+
+
+class ReadTwice(nn.Module):
+    """A weight of a functional layer that is summed too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight) + self.weight.sum(0)
+
+
+def test_a_weight_read_in_two_ways_is_named_once() -> None:
+    ((name, reason),) = skips(ReadTwice(), torch.randn(2, 4)).items()
+    assert (name, reason.partition(";")[0]) == ("weight", "it shares parameters with a function in forward")
