@@ -173,7 +173,8 @@ class LayerTracer(fx.Tracer):
         try:
             return answer(obj)
         except Exception as error:
-            self.refusals.append(error)
+            if not _is_of_shapes(obj.node):  # with those in its place, forward goes on as it would
+                self.refusals.append(error)
             raise
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
@@ -214,6 +215,15 @@ class LayerTracer(fx.Tracer):
 
     def _placeholder(self, name: str) -> fx.Proxy:
         return self.create_proxy("placeholder", name, (), {})
+
+
+def _is_of_shapes(node: fx.Node) -> bool:
+    """Whether a value is computed from shapes alone."""
+    if node.target is getattr:
+        return node.args[1] in ("shape", "ndim")
+    if node.op == "call_method" and node.target in ("size", "dim", "numel"):
+        return True
+    return bool(node.all_input_nodes) and all(map(_is_of_shapes, node.all_input_nodes))
 
 
 def _unknown(obj: fx.Proxy) -> float:

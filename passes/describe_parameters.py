@@ -47,7 +47,10 @@ class DescribeParameters(RewritePass):
             if moving:
                 kind = _kind(graph_module, node, parameter)
                 for user in moving:
-                    user.replace_input_with(node, kind)
+                    if asking[user] in NEW:
+                        user.args = (kind, *user.args[1:])  # what else it is given, it reads
+                    else:
+                        user.replace_input_with(node, kind)
         for node in reversed(graph_module.graph.nodes):
             if not node.users and (node in known or parameter_read(graph_module, node) is not None):
                 graph_module.graph.erase_node(node)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import operator
 import sys
+import threading
 from collections import namedtuple
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -26,9 +27,11 @@ from tdfx.errors import CaptureError
 from tdfx.inputs import entries, opened
 from tdfx.passes.base import assemble
 from tdfx.passes.capture import LayerTracer
+from tdfx.passes.layer_operators import parameter_read
 from tdfx.passes.opaque import put_together, taken_apart
 from tdfx.signature import with_output
 
+_ONE_AT_A_TIME = threading.RLock()
 _TORCH = Path(torch.__file__).parent
 _NUMBERS = (Tensor.__bool__, Tensor.__float__, Tensor.__int__, Tensor.__index__, Tensor.item, Tensor.tolist)
 aten, higher_order = torch.ops.aten, torch.ops.higher_order
@@ -94,7 +97,8 @@ def _export(
     model: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor], free: Sequence[Sequence[int]]
 ) -> ExportedProgram:
     containment = plain_attention(), _unread_masks(), quiet(), torch.random.fork_rng(devices=[])
-    with ExitStack() as stack:
+    # What is exchanged in torch meanwhile is so for all threads.
+    with _ONE_AT_A_TIME, ExitStack() as stack:
         for context in (torch.no_grad(), *containment, _no_caught_refusals(), _KeptInputs()):
             stack.enter_context(context)
         # Marks, since torch.export cannot match a structure of dynamic shapes to a forward that hides its arguments.
@@ -183,13 +187,14 @@ class _KeptInputs(TorchFunctionMode):
 def _no_caught_refusals() -> Iterator[None]:
     """Raises what torch.export says where forward asks for a value, even if forward catches it and goes another way."""
     refusals: list[Exception] = []
-    answer = torch.SymBool.__bool__
+    answer, thread = torch.SymBool.__bool__, threading.get_ident()
 
     def asked(value: torch.SymBool) -> bool:
         try:
             return bool(answer(value))  # type: ignore[no-untyped-call]
         except GuardOnDataDependentSymNode as error:
-            if _TORCH not in Path(sys._getframe(1).f_code.co_filename).parents:  # torch has ways of its own
+            # torch has ways of its own, and other threads what they do.
+            if _TORCH not in Path(sys._getframe(1).f_code.co_filename).parents and threading.get_ident() == thread:
                 refusals.append(error)
             raise
 
@@ -261,7 +266,7 @@ def operators(program: ExportedProgram) -> fx.GraphModule:
     graph.output(_structured(graph, root._out_spec, iter(leaves)))
     if any("functorch" in getattr(node.target, "__module__", "") for node in graph.nodes if callable(node.target)):
         raise CaptureError("torch.vmap and the like inside forward are not part of a graph; compute on the whole batch")
-    _contain_writes(graph)
+    _contain_writes(graph, root)
     return assemble(root, graph)
 
 
@@ -289,11 +294,13 @@ def _copy(graph: fx.Graph, source: fx.GraphModule, values: dict[fx.Node, Any]) -
     return tuple(flat) if isinstance(flat, list | tuple) else (flat,)
 
 
-def _contain_writes(graph: fx.Graph) -> None:
+def _contain_writes(graph: fx.Graph, root: fx.GraphModule) -> None:
     """Writes into buffers go into a copy made at every call, or nowhere if nobody reads them."""
     for node in graph.find_nodes(op="get_attr"):
         names = dict.fromkeys(_names_of_same(node))
-        if not any(_writes(name) for name in names):
+        written = {name.target for name in names if _is_mutable(name)}
+        # Rows of an embedding that are rescaled as they are looked up stay so in the model too.
+        if not written or (written == {aten.embedding_renorm_.default} and parameter_read(root, node) is not None):
             continue
         if all(user in names for name in names for user in name.users):
             for name in sorted(names, reverse=True):
@@ -304,10 +311,8 @@ def _contain_writes(graph: fx.Graph) -> None:
             node.replace_all_uses_with(copied, delete_user_cb=lambda user, copied=copied: user is not copied)
 
 
-def _writes(node: fx.Node) -> bool:
-    # Rows of an embedding that are rescaled as they are looked up stay so in the model too.
-    is_mutable = isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
-    return is_mutable and node.target is not aten.embedding_renorm_.default
+def _is_mutable(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 def _names_of_same(node: fx.Node) -> Iterator[fx.Node]:

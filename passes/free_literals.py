@@ -24,7 +24,8 @@ KIND = "kind"
 class FreeLiterals(RewritePass):
     """Operators ask an empty buffer for their device, and in half precision for the dtype of that precision.
 
-    float32 in a network of float32 may be meant so, as where a norm is computed in it for its range, and stays.
+    float32 in a network of float32 may be meant so, as where a norm is computed in it for its range, and stays. A
+    device that forward names itself cannot be told from the network's.
     """
 
     def rewrite(self, graph_module: fx.GraphModule) -> None:

@@ -15,6 +15,8 @@ from torch import Tensor, fx, nn
 aten = torch.ops.aten
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 CONV_TRANSPOSES = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+CALL = "call"
+"""Key, beside an operator's arguments, of its node."""
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -42,7 +44,9 @@ class LayerCall:
 def layer_call(graph_module: fx.GraphModule, node: fx.Node) -> LayerCall | None:
     """The layer call that a node amounts to; None where it is none or its weight is no parameter."""
     given = arguments(node)
-    return None if given is None else _RULES[_SYNONYMS.get(node.target, node.target)](graph_module, given)
+    return (
+        None if given is None else _RULES[_SYNONYMS.get(node.target, node.target)](graph_module, given | {CALL: node})
+    )
 
 
 def arguments(node: fx.Node) -> dict[str, Any] | None:
@@ -148,18 +152,18 @@ def _embedding(graph_module: fx.GraphModule, given: dict[str, Any]) -> LayerCall
     padding = given["padding_idx"] if is_function or given["padding_idx"] >= 0 else None
     layer = nn.Embedding(weight.shape[0], weight.shape[1], padding, device="meta")
     layer.scale_grad_by_freq, layer.sparse = given["scale_grad_by_freq"], given["sparse"]
-    renorm = _renorm(given["weight"], given["indices"])
+    renorm = _renorm(given["weight"], given["indices"], given[CALL])
     if renorm is not None:
         layer.max_norm, layer.norm_type = renorm.args[2:]  # type: ignore[assignment]
     replaced = () if renorm is None else (renorm,)
     return LayerCall(str(given["weight"].target), _holding(layer, weight, None), (given["indices"],), replaced=replaced)
 
 
-def _renorm(weight: fx.Node, indices: fx.Node) -> fx.Node | None:
-    """The operator that rescales the rows that are looked up, in place."""
+def _renorm(weight: fx.Node, indices: fx.Node, call: fx.Node) -> fx.Node | None:
+    """The operator that rescales, in place, the rows that a call looks up."""
     readers = (user for view in weight.users if view.target is aten.detach.default for user in view.users)
-    renorms = (user for user in readers if user.target is aten.embedding_renorm_.default)
-    return next((renorm for renorm in renorms if renorm.args[1] is indices), None)
+    renorms = (user for user in readers if user.target is aten.embedding_renorm_.default and user.args[1] is indices)
+    return max((renorm for renorm in renorms if renorm < call), default=None)
 
 
 def _layer_norm(graph_module: fx.GraphModule, given: dict[str, Any]) -> LayerCall | None:

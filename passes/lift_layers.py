@@ -42,10 +42,11 @@ class LiftLayers(RewritePass):
                 inputs = tuple(values.get(value, value) for value in call.inputs)
                 shift = values.get(call.shift, call.shift)  # type: ignore[arg-type]
                 values[node] = _replace(graph_module.graph, node, name, inputs, shift)
-                for other in call.replaced:
-                    view = other.all_input_nodes[0]
-                    graph_module.graph.erase_node(other)
-                    graph_module.graph.erase_node(view)
+        for other in dict.fromkeys(other for call in calls.values() for other in call.replaced):
+            view = other.all_input_nodes[0]
+            graph_module.graph.erase_node(other)
+            if not view.users:
+                graph_module.graph.erase_node(view)
         _erase_unread(graph_module.graph)
         for name, call in layers.items():
             make_way(graph_module, name, call.layer)

@@ -106,8 +106,10 @@ class LiftModules(RewritePass):
 
     def _rrelu(self, graph_module: fx.GraphModule, node: fx.Node) -> None:
         target: Any = node.target
-        arguments: Any = node.args
-        x, lower, upper = (*arguments, 1 / 8, 1 / 3)[:3]
+        defaults: list[Any] = [argument.default_value for argument in target._schema.arguments]
+        x, lower, upper, training = (*node.args, *defaults[len(node.args) :])[:4]
+        if training:
+            return  # it is drawn in eval mode too
         path = module_path(node)
         module = _submodule(self.origin, path)
         if not isinstance(module, nn.RReLU) or not has_torch_forward(module):

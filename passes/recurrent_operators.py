@@ -64,9 +64,15 @@ def recurrent_call(graph_module: fx.GraphModule, node: fx.Node) -> RecurrentCall
     names = [name for name, _ in made.named_parameters()]
     states = tuple(state) if isinstance(state, list | tuple) else (state,)
     # A state of zeros is what the layer starts with itself, in the dtype that it has then.
-    arguments = (x,) if all(getattr(part, "target", None) is aten.zeros.default for part in states) else (x, state)
+    arguments = (x,) if all(map(_is_zero, states)) else (x, state)
     layer = holding(made, dict(zip(names, found, strict=True))).eval()
     return RecurrentCall(str(held[0].target), layer, arguments)
+
+
+def _is_zero(state: Any) -> bool:
+    """Whether a state is zeros that nobody but recurrent layers sees, and so could write into."""
+    is_made = isinstance(state, fx.Node) and state.target is aten.zeros.default
+    return is_made and all(user.target in _LAYERS or user.target in _CELLS for user in state.users)
 
 
 def _layer(

@@ -162,7 +162,8 @@ def export_onnx(
         folder = temporary.enter_context(TemporaryDirectory()) if quantize is not None else final.parent
         staged = Path(folder) / (final if float32 is None else Path(os.fsdecode(float32))).name
         program = _export(network, resized(axes, inputs, traced), axes, opset)
-        share_matrices(program.model)
+        if quantize is None:  # ONNX Runtime has one scale for a matrix, and two where it is read in two ways
+            share_matrices(program.model)
         _rename(program, [*inputs], names)
         _lower_ir_version(program)
         external = _save(program, staged)

@@ -6,6 +6,8 @@ matrix beforehand and writes both.
 
 from __future__ import annotations
 
+from itertools import count
+
 import onnx_ir as ir
 
 MOST_ELEMENTS = 65_536
@@ -15,10 +17,13 @@ MOST_ELEMENTS = 65_536
 def share_matrices(model: ir.Model) -> None:
     """Of equal matrices among the initializers one stays; one that is another's transpose becomes a Transpose of it."""
     graph = model.graph
+    taken = {value.name for node in graph.all_nodes() for value in node.outputs} | graph.initializers.keys()
     kept: dict[tuple[object, ...], ir.Value] = {}
     for name, value in list(graph.initializers.items()):
         tensor = value.const_value
-        if tensor is None or len(tensor.shape) != 2 or tensor.size > MOST_ELEMENTS or value.is_graph_output():
+        if tensor is None or len(tensor.shape) != 2 or tensor.size > MOST_ELEMENTS:
+            continue
+        if value.is_graph_output() or not value.uses():
             continue
         matrix = tensor.numpy()
         key, flipped = ((tensor.dtype, part.shape, part.tobytes()) for part in (matrix, matrix.T))
@@ -28,7 +33,8 @@ def share_matrices(model: ir.Model) -> None:
             node = ir.node("Transpose", [kept[flipped]], {"perm": [1, 0]})
             graph.insert_before(graph[0], node)
             (transposed,) = node.outputs
-            transposed.name, transposed.dtype, transposed.shape = f"{name}_transposed", tensor.dtype, value.shape
+            transposed.name = next(free for i in count(1) if (free := f"{name}_transposed_{i}") not in taken)
+            transposed.dtype, transposed.shape = tensor.dtype, value.shape
             value.replace_all_uses_with(transposed)
         else:
             kept[key] = value

@@ -111,15 +111,26 @@ def _trace_graph(
     except CaptureError as error:
         if traced is not None:
             why = f"symbolic tracing does not see all layers, and {error}"
-            in_place = trials.check(capture_in_place(model, args, kwargs))
-            replaceable = _count_called(sharing(model), args, kwargs) - len(in_place.meta[FIXED])
-            if replaceable > len(_layers(traced)):
+            in_place = _in_place_if_better(model, args, kwargs, trials, traced)
+            if in_place is not None:
                 return INPLACE, in_place, (f"captured in place, where forward stays Python code: {why}",)
             return FX, traced, (why,)
         raise CaptureError(". ".join(dict.fromkeys((str(problem), str(error))))) from error
     if traced is not None and len(_layers(traced)) >= len(_layers(lifted)):
         return FX, traced, ()
     return EXPORT, lifted, notes
+
+
+def _in_place_if_better(
+    model: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor], trials: Trials, traced: fx.GraphModule
+) -> fx.GraphModule | None:
+    """The model captured in place, if more layers can be replaced there than a graph calls."""
+    try:
+        in_place = trials.check(capture_in_place(model, args, kwargs))
+    except CaptureError:
+        return None
+    replaceable = _count_called(sharing(model), args, kwargs) - len(in_place.meta[FIXED])
+    return in_place if replaceable > len(_layers(traced)) else None
 
 
 def lift(operators: nn.Module, model: nn.Module, trainable: bool) -> fx.GraphModule:

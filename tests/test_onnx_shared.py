@@ -43,3 +43,21 @@ def test_matrices_that_differ_stay(tmp_path: Path) -> None:
         model[2].weight[0, 0] += 1e-6
     tdfx.export_onnx(model, tmp_path / "model.onnx", torch.randn(2, 6))
     assert len(onnx.load(tmp_path / "model.onnx").graph.initializer) == 2
+
+
+class Autoencoder(nn.Module):
+    """Decodes with the weight that it encodes with. Input (batch, 48)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.bias = nn.Linear(48, 24), nn.Parameter(torch.zeros(48))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(torch.tanh(self.encoder(x)), self.encoder.weight.t(), self.bias)
+
+
+def test_in_int8_a_matrix_read_in_two_ways_has_two_scales(tmp_path: Path) -> None:
+    x = torch.randn(64, 48, generator=torch.Generator().manual_seed(0))
+    report = tdfx.export_onnx(Autoencoder().eval(), tmp_path / "m.onnx", x[:4], quantize="int8", calibration=x)
+    assert report.quantization is not None
+    assert report.quantization.max_rel_diff < 0.1

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+import torch.nn.functional as F
 from exported_networks import LastOutput, Prediction, build
 from torch import Tensor, fx, nn
 from torch.export import Dim
@@ -350,3 +351,22 @@ def test_another_input_of_the_batchs_size_does_not_fix_it() -> None:
 def test_maps_over_the_batch_are_refused() -> None:
     with pytest.raises(CaptureError, match=r"torch.vmap and the like inside forward are not part of a graph"):
         exported(Functions(lambda net, x: torch.vmap(net.linear)(x)), X)
+
+
+def test_a_table_in_a_buffer_that_is_rescaled_is_copied() -> None:
+    def look_up(net: Any, x: Tensor) -> Tensor:
+        table = F.embedding(torch.arange(3), net.count.reshape(3, 2), max_norm=1.0)
+        return table + net.linear(x)[:1, :2]
+
+    model = Functions(look_up)
+    model.count += 5
+    graph_module = graph_of(model, X)
+    graph_module(X)
+    same(graph_module.get_buffer("count"), torch.full((6,), 5.0))
+
+
+def test_nothing_is_left_of_how_decisions_are_watched() -> None:
+    answer = torch.SymBool.__bool__
+    with pytest.raises(CaptureError, match="data-dependent"):
+        exported(Functions(lambda net, x: net.linear(x) if x.sum() > 0 else x), X)
+    assert torch.SymBool.__bool__ is answer

@@ -436,7 +436,7 @@ class Rescaling(nn.Module):
         self.embedding = nn.Embedding(7, 4, max_norm=1.5, norm_type=1.0)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        found: Tensor = self.embedding(tokens)
+        found: Tensor = self.embedding(tokens) * self.embedding(tokens)
         return found
 
 
@@ -444,7 +444,8 @@ def test_an_embedding_that_rescales_is_lifted_whole() -> None:
     model, tokens = Rescaling().eval(), torch.tensor([[0, 3], [6, 3]])
     origin = isolate(model)[0]
     found = LiftLayers(origin).run(export_trace(origin, (tokens,), {})[0])
-    assert [node.op for node in found.graph.nodes] == ["placeholder", "call_module", "output"]
+    kinds = [node.op for node in found.graph.nodes]
+    assert kinds == ["placeholder", "call_module", "call_module", "call_function", "output"]
     layer = found.get_submodule("embedding")
     assert isinstance(layer, nn.Embedding)
     assert (layer.max_norm, layer.norm_type) == (1.5, 1.0)

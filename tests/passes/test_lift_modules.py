@@ -276,6 +276,7 @@ SLOPES: dict[str, Case] = {
     "functional in place": (
         lambda: Functions(lambda net, x: F.rrelu(x, training=net.training, inplace=True)), FLAT, ["RReLU"],
     ),
+    "of one slope": (lambda: Functions(lambda net, x: F.rrelu(x, 0.2, training=net.training)), FLAT, ["RReLU"]),
 }  # fmt: skip
 
 
@@ -287,6 +288,11 @@ def test_random_slopes_are_drawn_as_in_the_model(name: str) -> None:
     assert kinds(found) == ["Linear", *expected]
     same(found(x), model(x))
     check_training(found, model, x)
+
+
+def test_slopes_that_are_always_drawn_stay() -> None:
+    model, x = Functions(lambda net, x: F.rrelu(x, training=True)).eval(), torch.randn(FLAT)
+    assert kinds(lifted(model, x)) == ["Linear"]
 
 
 def test_instance_norm_of_the_input_alone_stays_an_operator() -> None:
@@ -534,3 +540,23 @@ def test_recurrent_layers_start_in_the_dtype_that_they_have() -> None:
         model, x = Reading(make(6, 5)).eval(), torch.randn(3, 4, 6)
         found = lifted(model, x)
         same(copy.deepcopy(found).double()(x.double()), copy.deepcopy(model).double()(x.double()))
+
+
+class Started(nn.Module):
+    """A GRU whose first state is written into zeros."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = nn.GRU(6, 5)
+
+    def forward(self, x: Tensor, first: Tensor) -> Tensor:
+        state = torch.zeros(1, x.shape[1], 5)
+        state[0] = first
+        return self.rnn(x, state)[0]
+
+
+def test_a_state_that_is_written_into_is_kept() -> None:
+    model, x, first = Started().eval(), torch.randn(3, 4, 6), torch.randn(4, 5)
+    found = lifted(model, x, torch.zeros(4, 5))
+    assert kinds(found) == ["GRU"]
+    same(found(x, first), model(x, first))

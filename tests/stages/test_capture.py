@@ -509,6 +509,19 @@ def test_padded_rows_of_fused_transformer_layers_are_noted() -> None:
         assert not model(x, src_key_padding_mask=mask)[0, 3:].any()
 
 
+def test_torchs_fused_layers_that_do_not_run_are_no_matter() -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 1)
+
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            return torch.nan_to_num(self.encoder(x, src_key_padding_mask=mask))
+
+    captured = capture(Masked().eval(), (torch.randn(2, 5, 8), torch.ones(2, 5, dtype=torch.bool)))
+    assert captured.notes == ()
+
+
 def test_a_network_that_returns_a_finer_dtype_than_it_computes_in_is_taken() -> None:
     class Wide(Conv):
         def forward(self, x: Tensor) -> Tensor:

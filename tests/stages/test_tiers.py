@@ -524,6 +524,40 @@ def test_a_decision_on_values_is_none_of_a_graphs_though_forward_catches_the_err
             capture(model, low, capture=tier)
 
 
+class Duck(nn.Module):
+    """Catches what tracing says of a size. Input (batch, 6)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        try:
+            rows = int(x.shape[0])
+        except TypeError:
+            rows = x.shape[0]
+        return self.linear(x).reshape(rows, 2, 3)
+
+
+def test_sizes_that_tracing_keeps_are_no_decision() -> None:
+    model = Duck().eval()
+    captured = capture(model, X)
+    assert captured.tier == "fx"
+    same(captured.module(torch.cat([X, X])), model(torch.cat([X, X])))
+
+
+@pytest.mark.parametrize(
+    ("model", "x"),
+    [
+        (nn.Sequential(nn.Embedding(9, 6, sparse=True), nn.Linear(6, 4)), torch.arange(6).reshape(2, 3)),
+        (Through(lambda layer, x: torch.sqrt(layer(x) ** 2 * (x > 0))), X),  # whose gradients are not finite
+    ],
+)
+def test_gradients_that_are_sparse_or_not_finite_are_no_reason_to_go_in_place(model: nn.Module, x: Tensor) -> None:
+    captured = capture(model.eval(), x, trainable=True)
+    assert (captured.tier, captured.notes) == ("fx", ())
+
+
 class OpaqueBlock(nn.Module):
     """A layer that is seen, and torch's encoder around values that torch.export does not take."""
 
