@@ -23,7 +23,7 @@ types: $(READY)
 unit: $(READY) $(DEVICE)
 	OMP_NUM_THREADS=1 TDFX_DEVICE_PYTHON=$(CURDIR)/$(DEVICE)/bin/python $(BIN)/python -m pytest -n auto --dist loadfile
 
-# Not part of `make test`, where a few hundred layers are drawn; some 20 minutes.
+# Not part of `make test`, where a hundred layers are drawn; some 20 minutes.
 fuzz: $(READY)
 	TDFX_FUZZ=10000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s tests/test_properties_layers.py
 

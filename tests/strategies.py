@@ -25,8 +25,8 @@ from tdfx.decompositions import als
 from tdfx.decompositions.base import Decomposition
 from tdfx.records.layer import ITEMSIZE, LayerSpec, Rank, Shape, Site
 
-LAYER_COUNT = int(os.environ.get("TDFX_FUZZ", "200"))
-NETWORK_COUNT = 20
+LAYER_COUNT = int(os.environ.get("TDFX_FUZZ", "100"))
+NETWORK_COUNT = 10
 
 MOST_WEIGHTS = {1: 40 * 40 * 7, 2: 40 * 40 * 7 * 7, 3: 16 * 16 * 7 * 7}  # by directions; bounds the channels
 MOST_ALS_RANK = 24  # ranks between this and full rank cost CP much time and meet no other code

@@ -26,10 +26,10 @@ class Language(nn.Module):
         return found
 
 
-@pytest.mark.parametrize(("rows", "columns"), [(128, 128), (400, 64), (60, 40)])
+@pytest.mark.parametrize(("rows", "columns"), [(128, 128), (60, 40)])
 def test_the_file_shrinks_with_the_parameters(rows: int, columns: int, tmp_path: Path) -> None:
     model, tokens = Language(rows, columns).eval(), torch.randint(rows, (2, 9))
-    result = tdfx.compress(model, tokens, budget="params=80%", target=None, rank_multiple=1)
+    result = tdfx.compress(model, tokens, budget="params=80%", methods="svd", target=None, rank_multiple=1)
     report = tdfx.export_onnx(result.module, tmp_path / "model.onnx", tokens)
     assert report.file_bytes <= result.after.weight_bytes + 5_000  # of names and operators
     matrices = [entry for entry in onnx.load(tmp_path / "model.onnx").graph.initializer if len(entry.dims) == 2]

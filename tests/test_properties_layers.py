@@ -1,6 +1,6 @@
 """Every method on drawn layers, weights and ranks: exact at full rank, costs as counted, chain equal to layer.
 
-``make fuzz`` draws 10,000 layers; a run of the tests a few hundred.
+``make fuzz`` draws 10,000 layers; a run of the tests a hundred.
 """
 
 from __future__ import annotations
