@@ -28,3 +28,30 @@ def test_graph_stops_before_it_captures(folder: Path) -> None:
     _, stderr = tdfx_command("graph", *NET, "--plan", "none.json", "-o", "net.dot", code=1)
     assert "cannot read none.json" in stderr
     assert not Path("net.dot").exists()
+
+
+SHARED = """
+import torch
+from torch import nn
+
+class Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(64, 64)
+        self.again = self.first
+
+    def forward(self, x):
+        return self.again(self.first(x).relu())
+"""
+
+
+def test_a_plan_is_drawn_in_the_way_it_was_captured(folder: Path) -> None:
+    Path("two.py").write_text(SHARED)
+    given = ("two.py:Two", "--input", "2x64")
+    tdfx_command("profile", *given, "--capture", "export", "--methods", "svd", "--trainable", "-o", "profile.json")
+    tdfx_command("plan", "profile.json", "--budget", "flops=60%", "-o", "plan.json")
+    for options in ((), ("--capture", "export")):
+        stdout, _ = tdfx_command("graph", *given, "--plan", "plan.json", "-o", "two.dot", *options)
+        assert "(1 svd)" in stdout
+    _, stderr = tdfx_command("graph", *given, "--plan", "plan.json", "-o", "two.dot", "--capture", "fx", code=1)
+    assert "the plan names again" in stderr
