@@ -32,9 +32,7 @@ KINDS: dict[type[nn.Module], Kind] = {
 TIED = (nn.Linear, *LOOKUPS)
 """Layers that may share a weight, as embedding and head of a language model do."""
 TIED_REASON = "a chain for one of them would break the tie; give it a copy of its own"
-PRODUCTS = frozenset(
-    {"baddbmm", "bmm", "chunk", "einsum", "getitem", "matmul", "select", "slice", "split", "tensordot"}
-)
+PRODUCTS = frozenset({"baddbmm", "bmm", "chunk", "einsum", "matmul", "split", "tensordot"})
 """Functions that take a weight, or a part of one, times an input."""
 LAYER_ADVICE = "use a layer, or a function of torch.nn.functional on the whole parameter"
 DEPTHWISE_KERNEL = 5
