@@ -99,9 +99,14 @@ def _constant(value: Any) -> Any:
 
 def _kind(graph_module: fx.GraphModule, read: fx.Node, parameter: Tensor) -> fx.Node:
     """A read of an empty buffer of the parameter's dtype and device."""
-    name = f"{str(read.target).replace('.', '_')}_kind"
-    while hasattr(graph_module, name):
-        name += "_"
-    graph_module.register_buffer(name, parameter.detach().new_empty(0), persistent=False)
+    name = add_kind(graph_module, f"{str(read.target).replace('.', '_')}_kind", parameter)
     with graph_module.graph.inserting_before(read):
         return graph_module.graph.get_attr(name)
+
+
+def add_kind(graph_module: fx.GraphModule, name: str, like: Tensor) -> str:
+    """Gives a graph an empty buffer of a tensor's dtype and device, which moves with it; returns its name."""
+    while hasattr(graph_module, name):
+        name += "_"
+    graph_module.register_buffer(name, like.detach().new_empty(0), persistent=False)
+    return name

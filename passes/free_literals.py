@@ -14,10 +14,8 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from tdfx.passes.base import RewritePass
+from tdfx.passes.describe_parameters import add_kind
 from tdfx.precision import HALVES
-
-KIND = "kind"
-"""Name of the buffer without elements that tells where a network is."""
 
 
 @dataclass(frozen=True)
@@ -34,10 +32,7 @@ class FreeLiterals(RewritePass):
         operators = [node for node in graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
         if like is None or not any(_asked(leaf, like) for node in operators for leaf in _leaves(node)):
             return
-        name = KIND
-        while hasattr(graph_module, name):
-            name += "_"
-        graph_module.register_buffer(name, like.detach().new_empty(0), persistent=False)
+        name = add_kind(graph_module, "kind", like)
         with graph.inserting_before(next(node for node in graph.nodes if node.op != "placeholder")):
             kind = graph.get_attr(name)
             answers = {attribute: graph.call_function(getattr, (kind, attribute)) for attribute in ("device", "dtype")}
